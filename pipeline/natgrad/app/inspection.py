@@ -154,7 +154,7 @@ def _inspected(paths: Sequence[Storage], options: Mapping[str, Any], memory_limi
         with found.chosen.proposal.opened() as log:
             log.steps()
             values |= _description(log, steps, sweep=options["sweep"])
-            completed = next(iter(found.chosen.rehearsal.contents.values()))
+            completed = found.chosen.rehearsal.content
             notes += [*values["notes"], *completed.notes, *found.chosen.rehearsal.warnings]
             with suppress(Unreadable):
                 notes += [note] if (note := misalignment(log, steps, completed)) else []

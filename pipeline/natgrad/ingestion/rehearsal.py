@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,7 @@ from natgrad.ingestion.new_updates import finished_steps, states_to_write
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import MEBIBYTE, STORAGE_DTYPES, storage_dtype
 from natgrad.sources.base import Source, StepContent
+from natgrad.sources.completion import complete
 from natgrad.sources.listed import ListedLog
 from natgrad.sources.steps import LoggedStep, LoggedTensor
 
@@ -31,14 +32,14 @@ class Rehearsal:
     ----------
     steps : tuple of LoggedStep
         Steps that would be stored.
-    contents : mapping
-        The first two of them and the last one, as they would be stored.
+    content : StepContent
+        Content of the first state that has a next one, as it would be stored, with the notes about it.
     warnings : tuple of str
         Warnings about steps that would not be stored.
     """
 
     steps: tuple[LoggedStep, ...]
-    contents: Mapping[LoggedStep, StepContent]
+    content: StepContent
     warnings: tuple[str, ...]
 
 
@@ -72,7 +73,9 @@ def rehearse(log: Source, *, allow_gaps: bool = False) -> Rehearsal:
         contents = describe_steps(listed, list(dict.fromkeys((*pair, steps[-1]))), [], False)
         for step in pair:
             _read(listed, step, contents[step])
-    return Rehearsal(tuple(steps), contents, tuple(warnings))
+        with listed.open(pair[0]) as reader:
+            content = complete(pair[0], reader.content())
+    return Rehearsal(tuple(steps), content, tuple(warnings))
 
 
 def _read(log: Source, step: LoggedStep, content: StepContent) -> None:

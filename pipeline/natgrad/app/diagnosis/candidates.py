@@ -315,8 +315,7 @@ class Tried:
     @property
     def lacking(self) -> list[str]:
         """Usual quantities that the first state lacks."""
-        content = next(iter(self.rehearsal.contents.values()))
-        provided = _provided(content)
+        provided = _provided(self.rehearsal.content)
         return [name for name in (*STATES[:2], *USUAL_SCALARS) if name not in provided]
 
     @property
