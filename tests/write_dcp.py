@@ -13,6 +13,8 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
+from ranks import run_ranks
+
 
 def save(rank, ranks, first, last, states, folder):
     torch.set_num_threads(1)
@@ -39,19 +41,9 @@ def save(rank, ranks, first, last, states, folder):
 
 
 def main(states, folder, *jobs):
-    # Forked: the library is imported once.
-    context = torch.multiprocessing.get_context("fork")
     for job in jobs:
         ranks, first, last = map(int, job.split(":"))
-        processes = [
-            context.Process(target=save, args=(rank, ranks, first, last, states, folder)) for rank in range(ranks)
-        ]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join()
-        if any(process.exitcode for process in processes):
-            sys.exit(1)
+        run_ranks(save, ranks, ranks, first, last, states, folder)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ import deepspeed
 import torch
 from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
+from ranks import run_ranks
+
 CONFIGURATIONS = {
     "stage 0": {"zero_optimization": {"stage": 0}},
     "stage 1, bf16": {"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}},
@@ -107,16 +109,8 @@ def train(rank, ranks, rendezvous, states, folder):
 
 
 def main(*arguments):
-    # Forked: the library is imported once.
-    context = torch.multiprocessing.get_context("fork")
     for ranks in (2, 3):
-        job = [context.Process(target=train, args=(rank, ranks, *arguments)) for rank in range(ranks)]
-        for process in job:
-            process.start()
-        for process in job:
-            process.join()
-        if any(process.exitcode for process in job):
-            sys.exit(1)
+        run_ranks(train, ranks, ranks, *arguments)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
+from ranks import run_ranks
+
 
 def save(rank, ranks, states, folder):
     torch.set_num_threads(1)
@@ -40,17 +42,7 @@ def save(rank, ranks, states, folder):
 
 
 def main(states, folder, ranks):
-    # Forked: the library is imported once.
-    context = torch.multiprocessing.get_context("fork")
-    processes = [
-        context.Process(target=save, args=(rank, int(ranks), states, folder)) for rank in range(int(ranks))
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    if any(process.exitcode for process in processes):
-        sys.exit(1)
+    run_ranks(save, int(ranks), int(ranks), states, folder)
 
 
 if __name__ == "__main__":

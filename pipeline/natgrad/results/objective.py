@@ -21,6 +21,7 @@ from natgrad.schema.layout import unit_roundoff
 from natgrad.schema.names import DESCENT, DESCENTS, WINDOW
 from natgrad.schema.objective import LEAST_UPDATES, consistency
 from natgrad.schema.variables import Status
+from natgrad.theory.discrete_time import trapezoid_residual
 
 __all__ = ["COMPARING_DESCENTS", "Objective", "objective_residual"]
 
@@ -67,8 +68,7 @@ def objective_residual(table: UpdateTable) -> Array:
         first = product("gradient", "displacement").sum(axis=1)
         second = product("gradient_change", "displacement").sum(axis=1) / 2.0
         change = table.next_loss - table.loss
-        scale = np.abs(change) + np.abs(first) + np.abs(second)
-        residual = np.abs(change - first - second) / scale
+        residual, scale = trapezoid_residual(change, first, second)
     significant = np.isfinite(residual) & (scale > _SIGNIFICANT * error) & ~table.extended()
     return np.where(significant, residual, np.nan)
 

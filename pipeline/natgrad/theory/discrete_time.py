@@ -30,12 +30,42 @@ __all__ = [
     "learning_rate_bounds",
     "stochastic_learning_rate_bound",
     "stochastic_weight",
+    "trapezoid_residual",
 ]
 
 Array = NDArray[np.float64]
 
 
 # Discrete gradients ------------------------------------------------------------------------------------------
+
+
+def trapezoid_residual(loss_change: ArrayLike, first: ArrayLike, second: ArrayLike) -> tuple[Array, Array]:
+    """Return how much of the change of the loss the trapezoid rule does not explain.
+
+    For a smooth objective that does not change, the trapezoid rule has an error of third order in the displacement.
+
+    Parameters
+    ----------
+    loss_change : array
+        dL = L(theta_{t+1}) - L(theta_t).
+    first, second : array, of the same shape
+        g.d and e.d / 2, with the gradient g, its change e and the displacement d.
+
+    Returns
+    -------
+    residual, scale : arrays, of the same shape
+        ``|dL - g.d - e.d / 2| / scale``, at most 1, and ``scale = |dL| + |g.d| + |e.d| / 2``. The residual is
+        NaN if the scale is 0.
+
+    Examples
+    --------
+    >>> trapezoid_residual(-3.0, -4.0, 1.0)  # theta^2 from 2 to 1
+    (array(0.), array(8.))
+    """
+    change, one, other = (np.asarray(term, dtype=np.float64) for term in (loss_change, first, second))
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        scale = np.asarray(np.abs(change) + np.abs(one) + np.abs(other))
+        return np.asarray(np.abs(change - one - other) / scale), scale
 
 
 def corrected(pair: Pair, learning_rate: ArrayLike, loss_change: ArrayLike, model: Pair) -> Pair:

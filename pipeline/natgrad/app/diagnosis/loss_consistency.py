@@ -14,6 +14,7 @@ from natgrad.schema.objective import LEAST_UPDATES, consistency
 from natgrad.sources.base import Source, StepContent
 from natgrad.sources.completion import complete
 from natgrad.sources.steps import LoggedStep
+from natgrad.theory.discrete_time import trapezoid_residual
 
 __all__ = ["loss_residual", "objective_of"]
 
@@ -34,12 +35,11 @@ def loss_residual(loss: Sequence[float], products: Sequence[tuple[float, float]]
     Returns
     -------
     float
-        Median over the updates of abs(dL - g.d - e.d / 2) / (abs(dL) + abs(g.d) + abs(e.d) / 2) with e = g' - g.
-        NaN if no update has finite values and a change.
+        Median over the updates of `natgrad.theory.discrete_time.trapezoid_residual`. NaN if no update has finite
+        values and a change.
 
     Notes
     -----
-    For a smooth objective that does not change, the trapezoid rule has an error of third order in the displacement.
     If every loss is that of another mini-batch, its change is mainly the difference of the batches.
 
     Examples
@@ -50,8 +50,7 @@ def loss_residual(loss: Sequence[float], products: Sequence[tuple[float, float]]
     with np.errstate(all="ignore"):
         change = np.diff(np.asarray(loss, np.float64))
         first, last = np.asarray(products, np.float64).reshape(-1, 2).T
-        second = (last - first) / 2
-        residuals = abs(change - first - second) / (abs(change) + abs(first) + abs(second))
+        residuals, _ = trapezoid_residual(change, first, (last - first) / 2)
     known = residuals[np.isfinite(residuals)]
     return float(np.median(known)) if len(known) else math.nan
 
