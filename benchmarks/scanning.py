@@ -138,7 +138,7 @@ def main(runs=1000):
             for path in (found.out / "results.zarr", found.out / "report.html"):
                 path.mkdir(parents=True)
             options = {**done["options"], "cluster": None}
-            scan.Outcome(str(found.source), scan.listing(found.source), options).remember(found.out)
+            scan.Outcome(str(found.source), scan.listing(found.source), options).record(found.out)
         scans = []
         for _ in range(TURNS):
             scans.append(seconds(lambda: _all_unchanged(scan_runs(base / "logs", base / "out", workers=1), runs)))

@@ -311,7 +311,7 @@ def damage_trials(folder, trials, seed, ways=tuple(WAYS), kinds=None, steps=DAMA
     ingest_run(log, whole, limits=DAMAGE_INGEST)
     write_log(log, states[:steps])  # the trajectory has several commits, and its ledger grew
     before = process(log, whole)
-    scan.Outcome(str(log), scan.listing(log), {}, DAMAGE_SUMMARY).remember(whole)
+    scan.Outcome(str(log), scan.listing(log), {}, DAMAGE_SUMMARY).record(whole)
     shutil.copytree(log, grown)
     write_log(grown, states)
     after = process(grown, folder / "grown-out")

@@ -86,7 +86,7 @@ def test_links_are_searched_once_and_hidden_folders_never(root, out):
 
 def test_a_processed_run_is_still_found_if_its_log_was_removed(root, out):
     log = write_log(root / "a", random_walk(1))
-    scan.Outcome(str(log), "", {}).remember(out / "a")
+    scan.Outcome(str(log), "", {}).record(out / "a")
     next(log.iterdir()).unlink()
     assert set(found(root, out)) == {"a"}
 
@@ -134,7 +134,7 @@ def test_the_identity_of_a_log_changes_with_every_change(root, change):
 
 
 def outcome(log, out, options, **kept):
-    scan.Outcome(str(log), scan.listing(log), options, **kept).remember(out)
+    scan.Outcome(str(log), scan.listing(log), options, **kept).record(out)
     return scan.Outcome.of(out)
 
 
@@ -151,14 +151,14 @@ def processed(root, out):
 def test_an_outcome_is_valid_until_log_options_version_or_(processed, out):
     (log, options), out = processed, out / "a"
     done = outcome(log, out, options, summary={"updates": 2})
-    assert done.stands(scan.listing(log), options, out)
-    assert done.stands(scan.listing(log), options | {"workers": 8, "scheduler": "tcp://host:8786"}, out)
-    assert not done.stands(scan.listing(log), options | {"windows": [1, 2]}, out)
-    assert not done.stands("another", options, out)
-    assert replace(done, version="99").stands(scan.listing(log), options, out)
-    assert not replace(done, results_version=RESULTS_VERSION + 1).stands(scan.listing(log), options, out)
+    assert done.is_current(scan.listing(log), options, out)
+    assert done.is_current(scan.listing(log), options | {"workers": 8, "scheduler": "tcp://host:8786"}, out)
+    assert not done.is_current(scan.listing(log), options | {"windows": [1, 2]}, out)
+    assert not done.is_current("another", options, out)
+    assert replace(done, version="99").is_current(scan.listing(log), options, out)
+    assert not replace(done, results_version=RESULTS_VERSION + 1).is_current(scan.listing(log), options, out)
     run.RunFolder.of(out).report.delete()
-    assert not done.stands(scan.listing(log), options, out)
+    assert not done.is_current(scan.listing(log), options, out)
 
 
 def test_an_outcome_of_invalid_input_is_valid_and_one_that_may_heal_is_not(root, out):
@@ -169,7 +169,7 @@ def test_an_outcome_of_invalid_input_is_valid_and_one_that_may_heal_is_not(root,
         (OSError("no space left"), False),
     ):
         failed = outcome(log, out, {}, error=scan.error_parts(error))
-        assert failed.stands(scan.listing(log), {}, out) == stands
+        assert failed.is_current(scan.listing(log), {}, out) == stands
 
 
 def test_an_unreadable_outcome_is_none(out):

@@ -297,7 +297,7 @@ def test_a_flow_accepts_urls(log):
         open_storage(f"s3://bucket/log/{file.name}").put(file.read_bytes())
     assert runs.process_run("s3://bucket/log", out, workers=1)["new_steps"] == 8
     outcome = scan.Outcome.of(out)
-    assert outcome.stands(scan.listing("s3://bucket/log"), outcome.options, out)
+    assert outcome.is_current(scan.listing("s3://bucket/log"), outcome.options, out)
     (link,) = artifacts("report-out")
     assert "s3://bucket/out/report.html" in link
     with (open_storage(out) / "processing").lock("run"):
@@ -310,6 +310,6 @@ def test_a_flow_accepts_urls(log):
         "trajectory",
     ]
     outcome = scan.Outcome.of(out)
-    assert outcome.stands(scan.listing("s3://bucket/log"), outcome.options, out)
+    assert outcome.is_current(scan.listing("s3://bucket/log"), outcome.options, out)
     assert "store" not in outcome.options
     assert runs.process_run("s3://bucket/log", out, workers=1)["new_steps"] == 0

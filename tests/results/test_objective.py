@@ -131,7 +131,7 @@ def test_losses_of_declared_batches_are_not_compared():
         assert (fixed["status"].sel(descent=descent, window=1) <= Status.OBTUSE).all()
     for name in ("loss_decrease", "decreasing_window", "discrete_identity_residual"):
         assert np.isnan(batch[name]).all()
-    # Whether losses and gradients agree is computed nevertheless, and what compares no losses is the same.
+    # The consistency is still computed, and results that compare no losses do not change.
     for name in ("objective_residual", "loss", "loss_average", "effective_window", "angle", "status"):
         at = {"descent": "gradient"} if "descent" in batch[name].dims else {}
         np.testing.assert_array_equal(batch[name].sel(at), fixed[name].sel(at))

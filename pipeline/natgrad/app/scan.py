@@ -298,11 +298,11 @@ class Outcome:
         except (OSError, InputError, TypeError):
             return None
 
-    def remember(self, out: Location) -> None:
+    def record(self, out: Location) -> None:
         """Record the outcome in OUT."""
         Journal(open_storage(out)).write(_OUTCOME, _plain(asdict(self)))
 
-    def stands(self, listing: str, values: Mapping[str, Any], out: Location) -> bool:
+    def is_current(self, listing: str, values: Mapping[str, Any], out: Location) -> bool:
         """Return True if the log, the options, the results version and the stores are unchanged.
 
         Processing the run again would then change nothing. After an error in the input, this is True until the log
@@ -428,7 +428,7 @@ def process_once(
         identity = listing(log) if log.local_path is None or log.is_folder() else ""
     recorded = recorded_options(values)
     outcome = Outcome.of(out)
-    if outcome is not None and outcome != known and outcome.stands(identity, recorded, out):
+    if outcome is not None and outcome != known and outcome.is_current(identity, recorded, out):
         raise Busy(
             "another process has already processed this run",
             where=str(out),
@@ -440,11 +440,11 @@ def process_once(
         summary = work()
     except Exception as error:
         parts = error_parts(error)
-        Outcome(str(log), identity, error=parts, **common).remember(out)
+        Outcome(str(log), identity, error=parts, **common).record(out)
         if on_failure is not None:
             on_failure(parts)
         raise
-    Outcome(str(log), identity, summary=summary, **common).remember(out)
+    Outcome(str(log), identity, summary=summary, **common).record(out)
     return summary
 
 
@@ -497,7 +497,7 @@ def scan_root(root: str | Path, out: str | Path, values: Mapping[str, Any], proc
         found = search(root, out)
         # Workers of a cluster are needed only if a run changed.
         remote = (values["cluster"], values["scheduler"]) != (None, None)
-        if remote and not all(_stands(one, Outcome.of(one.out), of_run) for one in found):
+        if remote and not all(_is_current(one, Outcome.of(one.out), of_run) for one in found):
             analysis.require_workers()
             if values["cluster"] is not None:
                 scheduler = named_scheduler(values["cluster"], values["workers"] or 1)
@@ -529,10 +529,12 @@ def _search(folder: Path, in_one_file: bool, progress: StageProgress) -> bool:
     return holds_run(folder, in_one_file=in_one_file)
 
 
-def _stands(found: FoundRun, outcome: Outcome | None, values: Mapping[str, Any]) -> bool:
+def _is_current(found: FoundRun, outcome: Outcome | None, values: Mapping[str, Any]) -> bool:
     """Return True if a run has not changed since this outcome."""
     try:
-        return outcome is not None and outcome.stands(listing(found.source), recorded_options(values), found.out)
+        return outcome is not None and outcome.is_current(
+            listing(found.source), recorded_options(values), found.out
+        )
     except OSError:  # processing the run reports the problem
         return False
 
@@ -542,7 +544,7 @@ def _scan_run(
 ) -> ScannedRun:
     """Process a run if it changed."""
     outcome = Outcome.of(found.out)
-    if outcome is not None and _stands(found, outcome, values):
+    if outcome is not None and _is_current(found, outcome, values):
         if outcome.error:
             return ScannedRun(run=found.name, state="failed", what=outcome.error["what"], do=outcome.error["do"])
         return ScannedRun(run=found.name, state="unchanged")

@@ -203,7 +203,7 @@ def no_log(path: Storage, contents: Mapping[str, str], error: InputError) -> Inp
         return error
     found = "; ".join(f"{kind}: {names}" for kind, names in contents.items())
     return InputError(
-        "there is no log here that can be processed",
+        "no log was found that can be processed",
         where=str(path),
         why=f"{error.what}; it contains {found}",
         remedy=error.remedy,

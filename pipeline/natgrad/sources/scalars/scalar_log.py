@@ -5,10 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from array import array
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,8 @@ from natgrad.sources.base import StepContent
 from natgrad.sources.changes import change_time, changed_lately
 from natgrad.sources.container import READ_ERRORS, not_regular, reason_of
 from natgrad.sources.names import SCALAR_LOG_QUANTITIES
-from natgrad.sources.scalars.series import Conflict, Restarts, Series, counts_within_epochs, merged
+from natgrad.sources.scalars.columns import Column, Labels, Table, label_text, number_of
+from natgrad.sources.scalars.series import Conflict, Series, counts_within_epochs, merged
 from natgrad.sources.steps import LoggedStep, NotYet, Unreadable
 from natgrad.storage import NotRegularError, Storage, network_errors
 
@@ -70,9 +70,6 @@ _CHOICE = re.compile(r"(.+?)((?:\[[^\[\]=]+=[^\[\]]*\])+)")
 _CHOSEN = re.compile(r"\[([^\[\]=]+)=([^\[\]]*)\]")
 """``KEY[LABEL=VALUE]`` of a mapping: the records in which LABEL has a value."""
 
-LABELS_LIMIT = 1 << 16
-"""Maximum number of different values of a label."""
-
 _GROUPS_LIMIT = 256
 """Number of groups of records, such as those of ranks, that are compared."""
 
@@ -117,89 +114,6 @@ class Kind:
     step: str = ""
     single: bool = False
     of_line: Callable[[str, str], Decoder] | None = None
-
-
-@dataclass
-class _Column:
-    """The values of one key (at most ``limit``), their record numbers, and the first value that is not a number."""
-
-    limit: int
-    records: array[int] = field(default_factory=lambda: array("q"))
-    values: array[float] = field(default_factory=lambda: array("d"))
-    invalid: tuple[str, str] | None = None
-
-    def append(self, record: int, value: Any, line: int | None) -> None:
-        if value is None or (isinstance(value, str) and not value.strip()):
-            return
-        number = _number(value)
-        if number is None:
-            position = f"record {record}" if line is None else f"line {line}"
-            self.invalid = self.invalid or (position, str(value)[:40])
-            return
-        if len(self.records) >= self.limit:
-            raise ValueError(f"it contains more than {self.limit} records")
-        self.records.append(record)
-        self.values.append(number)
-
-
-@dataclass
-class _Labels:
-    """The values of a key that tells records apart, as indices of a list of texts. The first text is empty."""
-
-    records: array[int] = field(default_factory=lambda: array("q"))
-    codes: array[int] = field(default_factory=lambda: array("q"))
-    texts: dict[str, int] = field(default_factory=lambda: {"": 0})
-
-    def append(self, record: int, value: Any) -> None:
-        number = _number(value)
-        text = ("" if value is None else str(value).strip()) if number is None else f"{number:.15g}"
-        if len(self.texts) >= LABELS_LIMIT and text not in self.texts:
-            raise ValueError(f"it has more than {LABELS_LIMIT} different labels of its records")
-        self.records.append(record)
-        self.codes.append(self.texts.setdefault(text, len(self.texts)))
-
-    def of(self, records: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the index of the text of each record; 0 if it has none."""
-        if not len(self.records):
-            return np.zeros(len(records), np.int64)
-        own, codes = np.frombuffer(self.records, np.int64), np.frombuffer(self.codes, np.int64)
-        indices = np.minimum(np.searchsorted(own, records), len(own) - 1)
-        return np.where(own[indices] == records, codes[indices], 0)
-
-
-@dataclass
-class _Table:
-    """The columns of a log, by key.
-
-    Attributes
-    ----------
-    columns : dict
-        Columns of the scalars, of the step and of the epoch.
-    labels : dict
-        Columns of the keys that tell records apart.
-    restarts : Restarts
-    of_key : dict
-        Columns to which the values of each key are added, because finding them takes longer than adding a value.
-    """
-
-    columns: dict[str, _Column] = field(default_factory=dict)
-    labels: dict[str, _Labels] = field(default_factory=dict)
-    restarts: Restarts = field(default_factory=Restarts)
-    of_key: dict[str, tuple[_Labels | None, _Column | None]] = field(default_factory=dict)
-
-
-def _number(value: Any) -> float | None:
-    """Return the value of a number or numeric string, or None."""
-    if type(value) is float:
-        return value
-    if isinstance(value, bool) or not isinstance(value, int | float | str | np.number):
-        return None
-    if isinstance(value, str) and "_" in value:
-        return None
-    try:
-        return float(value)
-    except (ValueError, OverflowError):
-        return None
 
 
 class ScalarLog:
@@ -256,7 +170,7 @@ class ScalarLog:
             choice = _CHOICE.fullmatch(key) if quantity in SCALARS else None
             if choice:
                 self._mapping[quantity] = choice[1]
-                self._chosen[quantity] = [(label, _text(value)) for label, value in _CHOSEN.findall(choice[2])]
+                self._chosen[quantity] = [(label, label_text(value)) for label, value in _CHOSEN.findall(choice[2])]
         self._labels = {label for chosen in self._chosen.values() for label, _ in chosen}
         self._wanted_keys: dict[str, bool] = {}
         self._scalars: dict[int, dict[str, float]] | None = None
@@ -290,7 +204,7 @@ class ScalarLog:
         with self._records(self._files()[0], lambda key: True, []) as records:
             for values in itertools.islice(records, _RECORDS_LISTED):
                 for key, value in values.items():
-                    number = None if key in (RUN_KEY, RESTART_KEY, LINE_KEY) else _number(value)
+                    number = None if key in (RUN_KEY, RESTART_KEY, LINE_KEY) else number_of(value)
                     if number is not None and len(found) < KEYS_LIMIT:
                         found.setdefault(key, number)
         return found
@@ -330,9 +244,9 @@ class ScalarLog:
             self._scalars = self._by_step(self._table())
         return self._scalars
 
-    def _table(self) -> _Table:
+    def _table(self) -> Table:
         """Read the columns of all keys that may be needed."""
-        table = _Table()
+        table = Table()
         runs: dict[str, None] = {}
         chosen = self._mapping.get("run")
         record = 0
@@ -356,7 +270,7 @@ class ScalarLog:
             )
         return table
 
-    def _add(self, table: _Table, record: int, values: Mapping[str, Any]) -> None:
+    def _add(self, table: Table, record: int, values: Mapping[str, Any]) -> None:
         """Add the values of a record to their columns."""
         if RESTART_KEY in values:
             step = values[RESTART_KEY]
@@ -376,12 +290,12 @@ class ScalarLog:
             if column is not None:
                 column.append(record, value, line)
 
-    def _columns(self, table: _Table, key: str) -> tuple[_Labels | None, _Column | None]:
+    def _columns(self, table: Table, key: str) -> tuple[Labels | None, Column | None]:
         """Return the columns to which the values of a key are added."""
         if key in (RUN_KEY, LINE_KEY):
             return None, None
-        labels = table.labels.setdefault(key, _Labels()) if self._is_label(key) else None
-        column = table.columns.setdefault(key, _Column(self._records_limit)) if self._is_number(key) else None
+        labels = table.labels.setdefault(key, Labels()) if self._is_label(key) else None
+        column = table.columns.setdefault(key, Column(self._records_limit)) if self._is_number(key) else None
         return labels, column
 
     def _is_label(self, key: str) -> bool:
@@ -402,7 +316,7 @@ class ScalarLog:
             self._wanted_keys[key] = known
         return known
 
-    def _keys(self, quantity: str, columns: Mapping[str, _Column]) -> list[str]:
+    def _keys(self, quantity: str, columns: Mapping[str, Column]) -> list[str]:
         """Return the keys of a quantity: those that the user specified, or the first common ones that exist."""
         mapped_key = self._mapping.get(quantity)
         if mapped_key is not None:
@@ -418,7 +332,7 @@ class ScalarLog:
                 return found
         return [key for key in columns if quantity == "learning_rate" and _LIGHTNING_RATES.fullmatch(key)]
 
-    def _missing(self, what: str, columns: Mapping[str, _Column]) -> InputError:
+    def _missing(self, what: str, columns: Mapping[str, Column]) -> InputError:
         kind = NotYet if self.growing() else InputError
         keys = ", ".join(sorted(key for key in columns if _normal(key) not in _EPOCH)) or "none of the common ones"
         return kind(
@@ -428,7 +342,7 @@ class ScalarLog:
             remedy="specify the keys with --map loss=KEY, learning_rate=KEY, step=KEY",
         )
 
-    def _by_step(self, table: _Table) -> dict[int, dict[str, float]]:
+    def _by_step(self, table: Table) -> dict[int, dict[str, float]]:
         """Return the scalars of each step."""
         columns = table.columns
         found = {quantity: self._keys(quantity, columns) for quantity in SCALARS}
@@ -442,7 +356,7 @@ class ScalarLog:
                 else "this log has no step numbers"
             )
             raise self._missing(what, columns)
-        records, steps = self._numbers(step_keys[0], columns.get(step_keys[0], _Column(0)))
+        records, steps = self._numbers(step_keys[0], columns.get(step_keys[0], Column(0)))
         series = {
             key: self._series(key, columns[key], records, steps)
             for key in dict.fromkeys(key for keys in found.values() for key in keys)
@@ -474,7 +388,7 @@ class ScalarLog:
             self._notes.append(_SINGLE_PRECISION)
         return scalars
 
-    def _numbers(self, key: str, column: _Column) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def _numbers(self, key: str, column: Column) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the record numbers, and the step number of each record."""
         self._require_numbers(key, column)
         values = np.frombuffer(column.values)
@@ -487,7 +401,7 @@ class ScalarLog:
             )
         return np.frombuffer(column.records, np.int64), values.astype(np.int64)
 
-    def _require_numbers(self, key: str, column: _Column) -> None:
+    def _require_numbers(self, key: str, column: Column) -> None:
         if column.invalid is not None:
             raise InputError(
                 f"{column.invalid[1]!r} is not a number",
@@ -496,7 +410,7 @@ class ScalarLog:
                 remedy="write numbers as 0.5 (not as tensor(0.5) or 0,5), or select another key with --map",
             )
 
-    def _series(self, key: str, column: _Column, records: NDArray[np.int64], steps: NDArray[np.int64]) -> Series:
+    def _series(self, key: str, column: Column, records: NDArray[np.int64], steps: NDArray[np.int64]) -> Series:
         """Return the values of a key that have a step."""
         self._require_numbers(key, column)
         own_records, values = np.frombuffer(column.records, np.int64), np.frombuffer(column.values)
@@ -507,7 +421,7 @@ class ScalarLog:
         return Series(own_records[known], steps[indices[known]] if len(steps) else own_records[:0], values[known])
 
     def _values(
-        self, quantity: str, key: str, all_series: Mapping[str, Series], table: _Table
+        self, quantity: str, key: str, all_series: Mapping[str, Series], table: Table
     ) -> dict[int, float | None]:
         """Return the value of a key at each step that was not abandoned; None if it is ambiguous."""
         series = self._select(quantity, key, all_series[key], table.labels)
@@ -552,10 +466,10 @@ class ScalarLog:
             self._notes.append(f"{negative} records of {key} are omitted: their shifted steps are negative")
         return {step: value for step, value in shifted.items() if step >= 0}
 
-    def _select(self, quantity: str, key: str, series: Series, labels: Mapping[str, _Labels]) -> Series:
+    def _select(self, quantity: str, key: str, series: Series, labels: Mapping[str, Labels]) -> Series:
         """Return the records of a key that the mapping selects."""
         for label, text in self._chosen.get(quantity, []):
-            column = labels.get(label, _Labels())
+            column = labels.get(label, Labels())
             code = column.texts.get(text)
             mask = column.of(series.records) == (-1 if code is None else code)
             if not mask.any():
@@ -570,7 +484,7 @@ class ScalarLog:
             series = series.where(mask)
         return series
 
-    def _current(self, key: str, series: Series, reference: Series, table: _Table) -> Series:
+    def _current(self, key: str, series: Series, reference: Series, table: Table) -> Series:
         """Return the values that no restart abandoned. A step that counts within epochs is refused."""
         falls = table.restarts.falls(reference)
         epoch_keys = [name for name in table.columns if _normal(name) in _EPOCH]
@@ -611,7 +525,7 @@ class ScalarLog:
         quantity: str,
         key: str,
         labels: Sequence[str],
-        columns: Mapping[str, _Labels],
+        columns: Mapping[str, Labels],
         groups: Sequence[Series],
         conflict: Conflict | None,
     ) -> str:
@@ -665,12 +579,6 @@ class _Scalars:
     def read(self, array: str, tensor: str, start: int, out: NDArray[Any]) -> None:
         """Raise KeyError: a log of scalars has no tensors."""
         raise KeyError(f"{array}/{tensor}")
-
-
-def _text(value: str) -> str:
-    """Return the value of a label as `_Labels` stores it."""
-    number = _number(value)
-    return value.strip() if number is None else f"{number:.15g}"
 
 
 def _normal(key: str) -> str:

@@ -1,0 +1,109 @@
+"""Keep the values of a log of scalars in columns, one for each key."""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from natgrad.sources.scalars.series import Restarts
+
+__all__ = ["LABELS_LIMIT", "Column", "Labels", "Table", "label_text", "number_of"]
+
+LABELS_LIMIT = 1 << 16
+"""Maximum number of different values of a label."""
+
+
+@dataclass
+class Column:
+    """The values of one key (at most ``limit``), their record numbers, and the first value that is not a number."""
+
+    limit: int
+    records: array[int] = field(default_factory=lambda: array("q"))
+    values: array[float] = field(default_factory=lambda: array("d"))
+    invalid: tuple[str, str] | None = None
+
+    def append(self, record: int, value: Any, line: int | None) -> None:
+        """Add the value of a record, unless it is empty."""
+        if value is None or (isinstance(value, str) and not value.strip()):
+            return
+        number = number_of(value)
+        if number is None:
+            position = f"record {record}" if line is None else f"line {line}"
+            self.invalid = self.invalid or (position, str(value)[:40])
+            return
+        if len(self.records) >= self.limit:
+            raise ValueError(f"it contains more than {self.limit} records")
+        self.records.append(record)
+        self.values.append(number)
+
+
+@dataclass
+class Labels:
+    """The values of a key that tells records apart, as indices of a list of texts. The first text is empty."""
+
+    records: array[int] = field(default_factory=lambda: array("q"))
+    codes: array[int] = field(default_factory=lambda: array("q"))
+    texts: dict[str, int] = field(default_factory=lambda: {"": 0})
+
+    def append(self, record: int, value: Any) -> None:
+        """Add the label of a record."""
+        text = label_text(value)
+        if len(self.texts) >= LABELS_LIMIT and text not in self.texts:
+            raise ValueError(f"it has more than {LABELS_LIMIT} different labels of its records")
+        self.records.append(record)
+        self.codes.append(self.texts.setdefault(text, len(self.texts)))
+
+    def of(self, records: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the index of the text of each record; 0 if it has none."""
+        if not len(self.records):
+            return np.zeros(len(records), np.int64)
+        own, codes = np.frombuffer(self.records, np.int64), np.frombuffer(self.codes, np.int64)
+        indices = np.minimum(np.searchsorted(own, records), len(own) - 1)
+        return np.where(own[indices] == records, codes[indices], 0)
+
+
+@dataclass
+class Table:
+    """The columns of a log, by key.
+
+    Attributes
+    ----------
+    columns : dict
+        Columns of the scalars, of the step and of the epoch.
+    labels : dict
+        Columns of the keys that tell records apart.
+    restarts : Restarts
+    of_key : dict
+        Columns to which the values of each key are added, because finding them takes longer than adding a value.
+    """
+
+    columns: dict[str, Column] = field(default_factory=dict)
+    labels: dict[str, Labels] = field(default_factory=dict)
+    restarts: Restarts = field(default_factory=Restarts)
+    of_key: dict[str, tuple[Labels | None, Column | None]] = field(default_factory=dict)
+
+
+def number_of(value: Any) -> float | None:
+    """Return the value of a number or numeric string, or None."""
+    if type(value) is float:
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float | str | np.number):
+        return None
+    if isinstance(value, str) and "_" in value:
+        return None
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return None
+
+
+def label_text(value: Any) -> str:
+    """Return the text of a label, which is the same for equal numbers."""
+    number = number_of(value)
+    if number is not None:
+        return f"{number:.15g}"
+    return "" if value is None else str(value).strip()
