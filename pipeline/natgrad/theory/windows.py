@@ -7,10 +7,14 @@ support it, because an m near the length of the run has few windows.
 
 An m is found only if each of its windows is known to descend. A window with an unknown loss, an unknown learning
 rate or an update that is not larger than its rounding error proves nothing, and the loss may rise across it.
+
+`effective_lengths` tries all lengths for some of the windows, so that a run can be searched in parts:
+`smallest_length` combines the parts.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -24,9 +28,11 @@ from natgrad.theory.geometry import Pair
 __all__ = [
     "WindowTerms",
     "consecutive",
+    "effective_lengths",
     "rolling_norm",
     "smallest_decreasing",
     "smallest_effective",
+    "smallest_length",
 ]
 
 Array = NDArray[np.float64]
@@ -70,30 +76,229 @@ def smallest_effective(terms: WindowTerms, follows: NDArray[np.bool_], longest: 
     count : int64 array, shape (...)
         Number of windows that support it: all windows of that m that do not pass a gap. 0 if there is no such m.
     """
+    longest = min(longest, len(follows) + 1)
+    return smallest_length(effective_lengths(terms, follows, len(follows) + 1, longest), follows)
+
+
+def smallest_length(effective: NDArray[np.bool_], follows: NDArray[np.bool_]) -> WindowSearch:
+    """Return the smallest length that is effective and has windows, and the number of these windows.
+
+    Parameters
+    ----------
+    effective : bool array, shape (longest, ...)
+        True for each length, from 1, of which all windows are effective: the conjunction of `effective_lengths` of
+        all parts of the run.
+    follows : bool array, shape (updates - 1,)
+        True if an update continues the one before it, for all updates of the run.
+
+    Returns
+    -------
+    smallest, count
+        See `smallest_effective`.
+    """
+    sizes = np.array([stop - start for start, stop in _contiguous(follows)])
+    lengths = np.arange(1, len(effective) + 1)
+    counts = np.maximum(sizes[:, None] - lengths + 1, 0).sum(axis=0)
+    found = effective & (counts > 0).reshape(-1, *[1] * (effective.ndim - 1))
+    at, any_found = found.argmax(axis=0), found.any(axis=0)
+    return np.where(any_found, lengths[at], np.nan), np.where(any_found, counts[at], 0)
+
+
+def effective_lengths(
+    terms: WindowTerms, follows: NDArray[np.bool_], starts: int, longest: int
+) -> NDArray[np.bool_]:
+    """Return for each length whether all windows that start at the first updates are effective.
+
+    Parameters
+    ----------
+    terms : WindowTerms
+        Of the updates at which windows start, and of the ``longest - 1`` updates after them, as far as they exist.
+    follows : bool array, shape (updates - 1,)
+        True if an update continues the one before it. Windows do not pass a gap.
+    starts : int
+        Number of updates at which windows start.
+    longest : int
+        Largest length to try.
+
+    Returns
+    -------
+    bool array, shape (longest, ...)
+        Also True for a length without windows.
+
+    Notes
+    -----
+    The status of a window is defined by sums of m terms in the order of the updates (`geometry.status`). Computing
+    all sums takes several roots for each start and length. This function gives the same result, with a subtraction
+    and a comparison for most of them, because each of its steps is a proof about the status:
+
+    - A window with an update that is not finite or not known, or without a positive learning rate, is not
+      effective.
+    - The windows that start at the largest prefix sum of y.g are the least likely to be effective. Their statuses
+      are computed for all lengths, which refutes most lengths.
+    - Let p be prefix sums of N values of y.g, and S the sum of their absolute values. A prefix sum and the sum over
+      a window are each off by at most N u S to first order, so a difference d of two prefix sums is within
+      b = 8 N u S of the sum over the window. If d < -b, this sum is negative, and the window is not effective. If
+      d > 2 b + `_LEAST_SUM`, the sum is greater than `_LEAST_SUM`.
+    - The same differences of prefix sums of |g|^2 - f^2, where f is the largest error of an update g, decide
+      whether the update of a window is larger than its error. The terms are off by 2 u, the norm of the window by
+      (m / 2 + 1) u and that of its error by 2 m u relative to their sizes, so b = 32 N u S covers all errors, where
+      S is the sum of |g|^2 + f^2.
+    - If the sum of y.g is greater than `_LEAST_SUM`, the update is larger than its error, and all terms are within
+      `_LEAST_SQUARE` and `_MOST_SQUARE`, then all norms of the window are in the range of `geometry.status`, and
+      the window is effective.
+
+    Where no step decides all windows of a length, their statuses are computed from the definition.
+    """
     shape = terms.pair.alignment.shape
-    smallest, count = np.full(shape[1:], np.nan), np.zeros(shape[1:], np.int64)
-    flat_smallest, flat_count = smallest.reshape(-1), count.reshape(-1)
-    open_columns = np.arange(flat_smallest.size)
+    pair = Pair(*(_flat(getattr(terms.pair, field.name), shape) for field in fields(Pair)))
+    flat = WindowTerms(pair, *(_flat(getattr(terms, field.name), shape) for field in fields(WindowTerms)[1:]))
+    effective = np.ones((longest, pair.alignment.shape[1]), bool)
+    with np.errstate(all="ignore"):
+        for first, last in _contiguous(follows):
+            for start in range(first, min(last, starts), _STARTS_AT_ONCE):
+                count = min(_STARTS_AT_ONCE, min(last, starts) - start)
+                _refute(effective, _rows(flat, slice(start, min(start + count + longest - 1, last))), count)
+    return effective.reshape(longest, *shape[1:])
 
-    def column(values: NDArray[Any]) -> NDArray[Any]:
-        return np.broadcast_to(values, shape).reshape(shape[0], -1)
 
-    pair = Pair(*(column(getattr(terms.pair, field.name)) for field in fields(Pair)))
-    single = WindowTerms(pair, *(column(getattr(terms, field.name)) for field in fields(WindowTerms)[1:]))
-    total, complete = single, np.ones(shape[0], bool)
-    for m in range(1, min(longest, shape[0]) + 1):
+_STARTS_AT_ONCE = 256
+"""Windows of which the prefix sums are computed together: they fit into the cache, and their errors are small."""
+
+_LEAST_SQUARE, _MOST_SQUARE, _LEAST_SUM = 1e-100, 1e100, 1e-60
+"""Range of squared norms and of y.g in which no window of fewer than 10^15 updates underflows or overflows: the
+norms of a window are then between 1e-120 and 1e140, while `geometry.status` allows 1e-132 to 1e150."""
+
+
+def _flat(values: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+    return np.broadcast_to(values, shape).reshape(shape[0], -1)
+
+
+def _contiguous(follows: NDArray[np.bool_]) -> list[tuple[int, int]]:
+    """Return the ranges of updates without a gap."""
+    bounds = [0, *(np.flatnonzero(~follows) + 1).tolist(), len(follows) + 1]
+    return list(itertools.pairwise(bounds))
+
+
+def _refute(effective: NDArray[np.bool_], terms: WindowTerms, starts: int) -> None:
+    """Mark the lengths that have a window which is not effective, among those that start at the first updates."""
+    alignment = terms.pair.alignment
+    lengths = min(len(alignment), len(effective))
+    _refute_unknown(effective, terms, starts)
+    _refute_from(effective, terms, np.argmax(_prefix_sums(np.nan_to_num(alignment))[:starts], axis=0))
+    columns = np.flatnonzero(effective[:lengths].any(axis=0))
+    if not len(columns):
+        return
+    terms = _columns(terms, columns)
+    regular = _regular(terms).all(axis=0)
+    alignment = np.where(regular, terms.pair.alignment, 0.0)
+    tried = np.asarray(effective[:lengths, columns].any(axis=1))
+    least, bound = _least_sums(alignment, np.abs(alignment), starts, tried, 8.0)
+    refuted, proved = least < -bound, least > 2.0 * bound + _LEAST_SUM
+    square, floor = terms.pair.update_square, terms.update_floor
+    close = np.flatnonzero(regular & (floor > 0.99 * np.sqrt(square)).any(axis=0))
+    if len(close):
+        square, error = square[:, close], np.square(floor[:, close])
+        least, bound = _least_sums(square - error, square + error, starts, tried, 32.0)
+        refuted[:, close] |= least < -bound
+        proved[:, close] &= least > bound
+    remaining = effective[:lengths, columns] & ~(regular & refuted)
+    effective[:lengths, columns] = remaining
+    open_lengths = remaining & ~(regular & proved)
+    undecided = np.flatnonzero(open_lengths.any(axis=0))
+    if len(undecided):
+        found = _by_definition(_columns(terms, undecided), starts, open_lengths[:, undecided])
+        effective[:lengths, columns[undecided]] &= found
+
+
+def _least_sums(
+    values: Array, sizes: Array, starts: int, tried: NDArray[np.bool_], factor: float
+) -> tuple[Array, Array]:
+    """Return the smallest sum over all windows of each length, as a difference of prefix sums, and its error."""
+    prefix = _prefix_sums(values)
+    least = np.full((len(tried), values.shape[1]), np.nan)
+    difference = np.empty((starts, values.shape[1]))
+    for m in (np.flatnonzero(tried) + 1).tolist():
+        count = min(starts, len(values) - m + 1)
+        np.subtract(prefix[m : m + count], prefix[:count], out=difference[:count])
+        difference[:count].min(axis=0, out=least[m - 1])
+    return least, factor * len(values) * 2.0**-53 * sizes.sum(axis=0)
+
+
+def _prefix_sums(values: Array) -> Array:
+    """Return the sums of the values before each position, and of all values."""
+    return np.concatenate([np.zeros((1, *values.shape[1:])), np.cumsum(values, axis=0)])
+
+
+def _regular(terms: WindowTerms) -> NDArray[np.bool_]:
+    """Return True where the terms of an update are in the range in which sums decide, see `effective_lengths`."""
+    pair, floor = terms.pair, terms.update_floor
+    square = pair.update_square
+    regular: NDArray[np.bool_] = (
+        terms.finite
+        & terms.known
+        & (terms.learning_rate >= 1e-50)
+        & (terms.learning_rate < np.inf)
+        & np.where(square == 0, pair.alignment == 0, square >= _LEAST_SQUARE)
+        & (square <= _MOST_SQUARE)
+        & (pair.across_square <= _MOST_SQUARE)
+        & (np.abs(pair.alignment) <= 1e80)
+        & (floor <= 1e50)
+    )
+    return regular
+
+
+def _refute_unknown(effective: NDArray[np.bool_], terms: WindowTerms, starts: int) -> None:
+    """Refute the lengths of windows with an update that makes every window through it unknown."""
+    bad = ~(terms.finite & terms.known & (terms.learning_rate > 0))
+    if not bad.any():
+        return
+    updates, columns = bad.shape
+    positions = np.where(bad, np.arange(updates)[:, None], updates)
+    following = np.minimum.accumulate(positions[::-1], axis=0)[::-1][:starts]
+    # The windows from t through the next such update, at position k, have the lengths k - t + 1 to updates - t.
+    start, column = np.nonzero(following < updates)
+    changes = [
+        np.bincount(length * columns + column, minlength=(updates + 2) * columns).reshape(-1, columns)
+        for length in (following[start, column] - start + 1, updates - start + 1)
+    ]
+    reached = np.cumsum(changes[0] - changes[1], axis=0)[1 : len(effective) + 1] > 0
+    effective[: len(reached)] &= ~reached
+
+
+def _refute_from(effective: NDArray[np.bool_], terms: WindowTerms, first: NDArray[np.int64]) -> None:
+    """Refute lengths by the windows from one start of each column, whose statuses are computed for all lengths."""
+    updates = len(terms.learning_rate)
+    lengths = min(updates, len(effective))
+    rows = first + np.arange(lengths)[:, None]
+    complete = rows < updates
+    rows = np.minimum(rows, updates - 1)
+    taken = _at(terms, (rows, np.arange(rows.shape[1])))
+    total = WindowTerms(
+        Pair(*(np.cumsum(getattr(taken.pair, field.name), axis=0) for field in fields(Pair))),
+        np.minimum.accumulate(taken.learning_rate, axis=0),
+        np.hypot.accumulate(taken.update_floor, axis=0),
+        np.logical_and.accumulate(taken.finite, axis=0),
+        np.logical_and.accumulate(taken.known, axis=0),
+    )
+    effective[:lengths] &= _is_effective(total) | ~complete
+
+
+def _by_definition(terms: WindowTerms, starts: int, wanted: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Return whether all windows of some lengths are effective, from their statuses; True for other lengths."""
+    effective = np.ones(wanted.shape, bool)
+    total, updates = _rows(terms, slice(0, starts)), len(terms.learning_rate)
+    for m in range(1, int(np.flatnonzero(wanted.any(axis=1))[-1]) + 2):
         if m > 1:
-            total, complete = _longer(total, single, m), complete[:-1] & follows[m - 2 :]
-        status = geometry.status(total.pair, total.learning_rate, total.finite, total.known, total.update_floor)
-        solved = (status[complete] == Status.EFFECTIVE).all(axis=0) & complete.any()
-        if solved.any():
-            flat_smallest[open_columns[solved]], flat_count[open_columns[solved]] = m, complete.sum()
-            if solved.all():
-                break
-            # Most columns are solved by a small m. Only the others are summed further.
-            open_columns = open_columns[~solved]
-            single, total = _columns(single, ~solved), _columns(total, ~solved)
-    return smallest, count
+            total = _longer(_rows(total, slice(0, updates - m + 1)), terms, m)
+        if wanted[m - 1].any():
+            effective[m - 1] = _is_effective(total).all(axis=0) | ~wanted[m - 1]
+    return effective
+
+
+def _is_effective(terms: WindowTerms) -> NDArray[np.bool_]:
+    status = geometry.status(terms.pair, terms.learning_rate, terms.finite, terms.known, terms.update_floor)
+    effective: NDArray[np.bool_] = status == Status.EFFECTIVE
+    return effective
 
 
 def smallest_decreasing(
@@ -141,20 +346,26 @@ def smallest_decreasing(
 
 def _longer(total: WindowTerms, single: WindowTerms, m: int) -> WindowTerms:
     """Extend windows of m - 1 updates to m. y.g is summed in the order of `geometry.window`, with the same bits."""
-    pair = Pair(*(getattr(total.pair, f.name)[:-1] + getattr(single.pair, f.name)[m - 1 :] for f in fields(Pair)))
+    added = _rows(single, slice(m - 1, m - 1 + len(total.learning_rate)))
     return WindowTerms(
-        pair,
-        np.minimum(total.learning_rate[:-1], single.learning_rate[m - 1 :]),
-        np.hypot(total.update_floor[:-1], single.update_floor[m - 1 :]),
-        total.finite[:-1] & single.finite[m - 1 :],
-        total.known[:-1] & single.known[m - 1 :],
+        Pair(*(getattr(total.pair, field.name) + getattr(added.pair, field.name) for field in fields(Pair))),
+        np.minimum(total.learning_rate, added.learning_rate),
+        np.hypot(total.update_floor, added.update_floor),
+        total.finite & added.finite,
+        total.known & added.known,
     )
 
 
-def _columns(terms: WindowTerms, kept: NDArray[np.bool_]) -> WindowTerms:
-    return WindowTerms(
-        terms.pair[:, kept], *(getattr(terms, field.name)[:, kept] for field in fields(WindowTerms)[1:])
-    )
+def _at(terms: WindowTerms, index: Any) -> WindowTerms:
+    return WindowTerms(terms.pair[index], *(getattr(terms, field.name)[index] for field in fields(WindowTerms)[1:]))
+
+
+def _rows(terms: WindowTerms, rows: slice) -> WindowTerms:
+    return _at(terms, rows)
+
+
+def _columns(terms: WindowTerms, columns: NDArray[np.int64]) -> WindowTerms:
+    return _at(terms, (slice(None), columns))
 
 
 # Updates of a window -----------------------------------------------------------------------------------------
