@@ -47,6 +47,7 @@ __all__ = [
     "products",
     "replicate_products",
     "row_products",
+    "segment_products",
     "words_of",
 ]
 
@@ -164,18 +165,19 @@ def _block(p0: Any, p1: Any, g0: Any, g1: Any, n: int, c: float, out: Any) -> No
         p = _widen(p0[i])
         d = _widen(p1[i]) - p
         g = _widen(g0[i])
-        e = _widen(g1[i]) - g
         r = g - c * d
         pp += p * p
         pd += p * d
-        pe += p * e
         pr += p * r
         dd += d * d
-        de += d * e
         dr += d * r
-        ee += e * e
-        er += e * r
         rr += r * r
+        if g1 is not None:
+            e = _widen(g1[i]) - g
+            pe += p * e
+            de += d * e
+            ee += e * e
+            er += e * r
     out[0], out[1], out[2], out[3] = pp, pd, pe, pr
     out[4], out[5], out[6] = dd, de, dr
     out[7], out[8] = ee, er
@@ -260,6 +262,7 @@ with the ratio of all elements. The last one is needed if the first ratio is 1e1
 def _sum_blocks(
     p: Any,
     g: Any,
+    e: Any,
     h: Any,
     like: Any,
     rows: Any,
@@ -285,9 +288,13 @@ def _sum_blocks(
             for a in range(low, high, BLOCK):
                 b = min(a + BLOCK, high)
                 p0, p1 = pointer(p[t], a, like[0]), pointer(p[t + 1], a, like[0])
-                g0, g1 = pointer(g[t], a, like[1]), pointer(g[t + 1], a, like[1])
-                _block(p0, p1, g0, g1, b - a, ratio[t], part)
+                g0 = pointer(g[t], a, like[1])
+                if e is None:
+                    _block(p0, p1, g0, None, b - a, ratio[t], part)
+                else:
+                    _block(p0, p1, g0, pointer(e[t], a, like[1]), b - a, ratio[t], part)
                 if h is not None:
+                    g1 = pointer(e[t], a, like[1])
                     _hvp_block(p0, p1, g0, g1, pointer(h[t], a, like[2]), b - a, ratio[t], part)
                 for k in range(sums):
                     # The rounding error of a sum, exactly and without a branch that could be mispredicted (Knuth).
@@ -393,7 +400,63 @@ def _mark_all(p0: Any, p1: Any, g0: Any, g1: Any, n: int, gram: Any) -> None:
         gram[2, 2] = np.nan  # summed from parts along and across the displacement
     else:
         _mark(gram, 2, None, g0, n)
-    _mark(gram, 3, g0, g1, n)
+    if g1 is not None:
+        _mark(gram, 3, g0, g1, n)
+
+
+@inner()
+def segment_products(
+    p: Any,
+    g: Any,
+    e: Any,
+    h: Any,
+    like: Any,
+    first: int,
+    stop: int,
+    ratio: Any,
+    total: Any,
+    error: Any,
+    part: Any,
+    gram: Any,
+) -> None:
+    """Compute the products of one segment of any length, for all updates.
+
+    Parameters
+    ----------
+    p, g, h : uintp arrays
+        As for `row_products`.
+    e : uintp array or None
+        Address of the gradient after each update; if None, the products of its change are 0.
+    like : tuple of three pointers
+        As for `row_products`.
+    first, stop : int
+        Elements of the segment.
+    ratio, total, error, part : arrays
+        Output, shape (updates,), and buffers, shape (updates, sums) and (sums,).
+    gram : array, shape (updates, vectors, vectors)
+        Output.
+    """
+    rows = len(ratio)
+    for t in range(rows):
+        ratio[t] = _sampled_ratio(p[t], p[t + 1], g[t], like, first, stop - first)
+    _sum_blocks(p, g, e, h, like, range(rows), first, stop, ratio, total, error, part)
+    for t in range(rows):
+        p0, p1, g0 = pointer(p[t], first, like[0]), pointer(p[t + 1], first, like[0]), pointer(g[t], first, like[1])
+        for attempt in range(1, _ATTEMPTS):
+            better = _improved(ratio[t], total[t, 4], total[t, 6], total[t, 9])
+            if better == ratio[t]:
+                break
+            if attempt > 1 or np.isnan(better):
+                better = _quotient(*_sample(p0, p1, g0, stop - first))
+            ratio[t] = better
+            _sum_blocks(p, g, e, h, like, range(t, t + 1), first, stop, ratio, total, error, part)
+        _fill(ratio[t], total[t], gram[t])
+        if e is None:
+            _mark_all(p0, p1, g0, None, stop - first, gram[t])
+        else:
+            _mark_all(p0, p1, g0, pointer(e[t], first, like[1]), stop - first, gram[t])
+        if h is not None:
+            _mark(gram[t], 5, None, pointer(h[t], first, like[2]), stop - first)
 
 
 @entry()
@@ -449,25 +512,10 @@ def row_products(p: Any, g: Any, h: Any, like: Any, starts: Any, gram: Any, rati
             continue
         # A segment of several blocks.
         end = begin + 1
-        first, stop, ratios = starts[begin], starts[end], ratio[:, begin]
-        for t in range(rows):
-            ratios[t] = _sampled_ratio(p[t], p[t + 1], g[t], words, first, stop - first)
-        _sum_blocks(p, g, h, words, range(rows), first, stop, ratios, total, error, part)
-        for t in range(rows):
-            p0, p1 = pointer(p[t], first, words[0]), pointer(p[t + 1], first, words[0])
-            g0, g1 = pointer(g[t], first, words[1]), pointer(g[t + 1], first, words[1])
-            for attempt in range(1, _ATTEMPTS):
-                better = _improved(ratios[t], total[t, 4], total[t, 6], total[t, 9])
-                if better == ratios[t]:
-                    break
-                if attempt > 1 or np.isnan(better):
-                    better = _quotient(*_sample(p0, p1, g0, stop - first))
-                ratios[t] = better
-                _sum_blocks(p, g, h, words, range(t, t + 1), first, stop, ratios, total, error, part)
-            _fill(ratios[t], total[t], gram[t, begin])
-            _mark_all(p0, p1, g0, g1, stop - first, gram[t, begin])
-            if h is not None:
-                _mark(gram[t, begin], 5, None, pointer(h[t], first, words[2]), stop - first)
+        low, high = starts[begin], starts[end]
+        segment_products(
+            p, g, g[1:], h, words, low, high, ratio[:, begin], total, error, part, gram[:, begin]
+        )
 
 
 def words_of(blocks: Sequence[NDArray[Any]]) -> Sequence[NDArray[Any]]:
