@@ -63,21 +63,8 @@ def combine(
     gram : float64 array, shape (..., vectors, vectors)
     ratio : float64 array, shape (...)
     """
-    displacement, gradient, residual = positions
-    if gram.shape[-3] == 1:
-        return gram[..., 0, :, :], ratio[..., 0]
-    along = gram[..., gradient, displacement].sum(axis=-1)
-    square = gram[..., displacement, displacement].sum(axis=-1)
-    with np.errstate(all="ignore"):
-        common = along / square
-    common = np.where(np.isfinite(common), common, 0.0)
-    shift = (ratio - common[..., None])[..., None]
-    moved = gram.copy()
-    with np.errstate(invalid="ignore", over="ignore"):
-        moved[..., residual, :] += shift * gram[..., displacement, :]
-        moved[..., :, residual] += shift * moved[..., :, displacement]
-        # The element r.r receives both terms: r.r + shift d.r, and then shift (r.d + shift d.d).
-        return moved.sum(axis=-3), common
+    total, common = add_segments(1, np.zeros(gram.shape[-3], np.int64), gram, ratio, positions)
+    return total[..., 0, :, :], common[..., 0]
 
 
 def add_segments(
@@ -97,28 +84,49 @@ def add_segments(
         Number of tensors. The products of a tensor without elements, which has no segment, are 0.
     indices : int64 array, shape (segments,)
         Tensor of each segment, non-decreasing.
-    gram : float64 array, shape (updates, segments, vectors, vectors)
-    ratio : float64 array, shape (updates, segments)
+    gram : float64 array, shape (..., segments, vectors, vectors)
+    ratio : float64 array, shape (..., segments)
     positions : (int, int, int)
         See `combine`.
 
     Returns
     -------
-    gram : float64 array, shape (updates, tensors, vectors, vectors)
-    ratio : float64 array, shape (updates, tensors)
+    gram : float64 array, shape (..., tensors, vectors, vectors)
+    ratio : float64 array, shape (..., tensors)
     """
     if np.array_equal(indices, np.arange(tensors)):
         return gram, ratio
-    updates, _, count, _ = gram.shape
-    total, common = np.zeros((updates, tensors, count, count)), np.zeros((updates, tensors))
+    *before, _, vectors, _ = gram.shape
+    total, common = np.zeros((*before, tensors, vectors, vectors)), np.zeros((*before, tensors))
     counts = np.bincount(indices, minlength=tensors)
     firsts = np.cumsum(counts) - counts
     single = counts == 1
-    total[:, single], common[:, single] = gram[:, firsts[single]], ratio[:, firsts[single]]
-    for tensor in np.flatnonzero(counts > 1):
-        parts = slice(firsts[tensor], firsts[tensor] + counts[tensor])
-        total[:, tensor], common[:, tensor] = combine(gram[:, parts], ratio[:, parts], positions)
+    total[..., single, :, :], common[..., single] = gram[..., firsts[single], :, :], ratio[..., firsts[single]]
+    several = counts > 1
+    if several.any():
+        parts = np.repeat(several, counts)
+        found = _joined(gram[..., parts, :, :], ratio[..., parts], counts[several], positions)
+        total[..., several, :, :], common[..., several] = found
     return total, common
+
+
+def _joined(
+    gram: NDArray[np.float64], ratio: NDArray[np.float64], counts: NDArray[np.int64], positions: _Positions
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the ledgers of tensors with these numbers of consecutive segments; the products are overwritten."""
+    displacement, gradient, residual = positions
+    firsts = np.cumsum(counts) - counts
+    along = np.add.reduceat(gram[..., gradient, displacement], firsts, axis=-1)
+    square = np.add.reduceat(gram[..., displacement, displacement], firsts, axis=-1)
+    with np.errstate(all="ignore"):
+        common = along / square
+    common = np.where(np.isfinite(common), common, 0.0)
+    shift = (ratio - np.repeat(common, counts, axis=-1))[..., None]
+    with np.errstate(invalid="ignore", over="ignore"):
+        gram[..., residual, :] += shift * gram[..., displacement, :]
+        gram[..., :, residual] += shift * gram[..., :, displacement]
+        # The element r.r receives both terms: r.r + shift d.r, and then shift (r.d + shift d.d).
+        return np.add.reduceat(gram, firsts, axis=-3), common
 
 
 def add_replicates(tensors: int, indices: NDArray[np.int64], gram: NDArray[np.float64]) -> NDArray[np.float64]:
