@@ -1,4 +1,4 @@
 """Compute and sum inner products of the vectors of neighbouring states.
 
-``gram`` and ``stream`` are compiled with numba. ``ledger_sums`` needs only NumPy.
+``gram``, ``stream`` and ``in_situ`` are compiled with numba. ``ledger_sums`` and ``updates`` need only NumPy.
 """

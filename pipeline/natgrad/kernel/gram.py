@@ -513,9 +513,7 @@ def row_products(p: Any, g: Any, h: Any, like: Any, starts: Any, gram: Any, rati
         # A segment of several blocks.
         end = begin + 1
         low, high = starts[begin], starts[end]
-        segment_products(
-            p, g, g[1:], h, words, low, high, ratio[:, begin], total, error, part, gram[:, begin]
-        )
+        segment_products(p, g, g[1:], h, words, low, high, ratio[:, begin], total, error, part, gram[:, begin])
 
 
 def words_of(blocks: Sequence[NDArray[Any]]) -> Sequence[NDArray[Any]]:

@@ -1,4 +1,4 @@
-"""Compute the inner products of an update where it happens, and refresh the copy of the parameters in the same pass.
+"""Compute the inner products of an update where it happens, and refresh the copy of the parameters.
 
 A training loop has the parameters after an update, a copy of those before it, and the gradient. Tensors are divided
 into segments that fit into the cache, so that the parameters are copied while they are still in the cache. Each
@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from natgrad.kernel.gram import BLOCK, entry, pointer, segment_products
 

@@ -14,6 +14,7 @@ __all__ = [
     "METRIC_EIGENVALUES",
     "OPTIMIZER_NUMBERS",
     "OPTIMIZER_STATES",
+    "RECORDED_VECTORS",
     "REPLICATE",
     "REPLICATES",
     "REPLICATE_HVP",
@@ -115,6 +116,9 @@ USUAL_SCALARS = SCALARS[:2]
 
 VECTORS = ("parameter", "displacement", "gradient", "gradient_change", "residual", HVP)
 """Vectors of the Gram ledger. ``hvp`` exists only if it was logged."""
+
+RECORDED_VECTORS = ("parameter", "displacement", "gradient", "residual")
+"""Vectors of the ledger of single updates, which a training loop computes without the gradient after the update."""
 
 REPLICATE_PARAMETER, REPLICATE_HVP = "replicate_parameter", "replicate_hvp"
 

@@ -1,0 +1,156 @@
+"""Compute the inner products of single updates from arrays in memory, with numba or with NumPy alone.
+
+A training loop has the parameters before and after an update and the gradient, but not the gradient after it.
+`refresh_products` uses the compiled kernel if numba is installed. `portable_products` forms the vectors in float64
+with NumPy, some thousand elements at a time, which takes six times as long. Both use the conventions of
+`natgrad.kernel.gram` for squares, and both errors are bounded by `natgrad.kernel.ledger_sums.roundoff_bound`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from natgrad.kernel.ledger_sums import add_segments
+from natgrad.schema.layout import widened
+from natgrad.schema.names import RECORDED_VECTORS, VECTORS
+
+__all__ = ["is_compiled", "portable_products", "refresh_products"]
+
+_BLOCK = 1 << 16
+"""Elements that `portable_products` converts to float64 at a time."""
+
+_ROWS = np.array([VECTORS.index(name) for name in RECORDED_VECTORS])
+
+_EXACT_SQUARE, _NONZERO = 2.0**-980, 5e-324
+"""See `natgrad.kernel.gram`."""
+
+Ledgers = tuple[NDArray[np.float64], NDArray[np.float64]]
+
+
+def is_compiled() -> bool:
+    """Return True if `refresh_products` uses the compiled kernel, because numba is installed."""
+    return importlib.util.find_spec("numba") is not None
+
+
+def refresh_products(
+    before: Sequence[NDArray[Any]], after: Sequence[NDArray[Any]], gradient: Sequence[NDArray[Any]]
+) -> Ledgers:
+    """Compute the products of the vectors of an update, and copy the parameters after it to those before it.
+
+    Parameters
+    ----------
+    before, after, gradient : sequences of arrays, one for each tensor
+        One-dimensional contiguous arrays of float16, float32, float64, or uint16 with the bits of bfloat16. Those
+        of a tensor have the same length, which may be 0, and those before and after the update the same dtype. The
+        parameters before the update are overwritten with those after it.
+
+    Returns
+    -------
+    gram : float64 array, shape (tensors, 4, 4)
+        Inner products of the vectors, in the order of `natgrad.schema.names.RECORDED_VECTORS`.
+    ratio : float64 array, shape (tensors,)
+        Ratio c of the residual, gradient - c displacement.
+
+    Raises
+    ------
+    ValueError
+        If the arrays of a tensor differ in length or are not contiguous, or those of the parameter differ in dtype.
+
+    Notes
+    -----
+    The compiled kernel releases the interpreter lock.
+    """
+    for arrays in zip(before, after, gradient, strict=True):
+        if len({array.shape for array in arrays}) > 1 or arrays[0].dtype != arrays[1].dtype:
+            raise ValueError(f"arrays of a tensor differ: {[(array.shape, array.dtype) for array in arrays]}")
+        if not all(array.ndim == 1 and array.flags.c_contiguous for array in arrays):
+            raise ValueError("arrays must be one-dimensional and contiguous")
+    if is_compiled():
+        return _compiled_products(before, after, gradient)
+    found = portable_products(before, after, gradient)
+    for old, new in zip(before, after, strict=True):
+        old[:] = new
+    return found
+
+
+def portable_products(
+    before: Sequence[NDArray[Any]], after: Sequence[NDArray[Any]], gradient: Sequence[NDArray[Any]]
+) -> Ledgers:
+    """Compute the same products with NumPy alone. Nothing is overwritten.
+
+    Parameters
+    ----------
+    before, after, gradient
+        As for `refresh_products`; arrays of bfloat16 are accepted as well.
+    """
+    segments = -(-np.array([array.size for array in before], np.int64) // _BLOCK)
+    gram, ratio = np.zeros((int(segments.sum()), 5, 5)), np.zeros(int(segments.sum()))
+    parts = (part for arrays in zip(before, after, gradient, strict=True) for part in _parts(*arrays))
+    for segment, part in enumerate(parts):
+        gram[segment][_ROWS[:, None], _ROWS], ratio[segment] = _block_products(*part)
+    return _added(segments, gram, ratio)
+
+
+def _added(segments: NDArray[np.int64], gram: NDArray[np.float64], ratio: NDArray[np.float64]) -> Ledgers:
+    """Return the products of tensors with these numbers of segments, without those of the gradient change."""
+    total, common = add_segments(len(segments), np.repeat(np.arange(len(segments)), segments), gram, ratio)
+    return total[:, _ROWS[:, None], _ROWS], common
+
+
+def _parts(*arrays: NDArray[Any]) -> Iterator[list[NDArray[np.float64]]]:
+    """Yield blocks of some arrays in float64."""
+    for first in range(0, arrays[0].size, _BLOCK):
+        blocks = [array[first : first + _BLOCK] for array in arrays]
+        yield [
+            widened(block, "bfloat16" if block.dtype == np.uint16 else "").astype(np.float64) for block in blocks
+        ]
+
+
+def _block_products(
+    parameter: NDArray[np.float64], moved: NDArray[np.float64], gradient: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], float]:
+    """Return the products of a block, and the ratio of the residual."""
+    with np.errstate(all="ignore"):
+        displacement = moved - parameter
+        square = float(displacement @ displacement)
+        ratio = float(gradient @ displacement) / square if _EXACT_SQUARE <= square < math.inf else 0.0
+        if not math.isfinite(ratio):
+            ratio = 0.0
+        residual = gradient - ratio * displacement if ratio else gradient
+        vectors = np.stack([parameter, displacement, gradient, residual])
+        gram = vectors @ vectors.T
+    for index, vector in enumerate(vectors):
+        if gram[index, index] == 0.0:
+            gram[index, index] = _NONZERO if vector.any() else 0.0
+        elif not gram[index, index] < math.inf:
+            gram[index, index] = math.inf if np.isfinite(vector).all() else math.nan
+    return gram, ratio
+
+
+def _compiled_products(
+    before: Sequence[NDArray[Any]], after: Sequence[NDArray[Any]], gradient: Sequence[NDArray[Any]]
+) -> Ledgers:
+    from natgrad.kernel import in_situ
+    from natgrad.kernel.gram import words_of
+
+    sizes = np.array([array.size for array in before], np.int64)
+    segments = -(-sizes // in_situ.SEGMENT)
+    firsts = np.cumsum(segments) - segments
+    gram, ratio = np.empty((int(segments.sum()), 5, 5)), np.empty(int(segments.sum()))
+    kinds: dict[tuple[Any, Any], list[int]] = {}
+    for tensor, (one, another) in enumerate(zip(before, gradient, strict=True)):
+        kinds.setdefault((one.dtype, another.dtype), []).append(tensor)
+    for dtypes, tensors in kinds.items():
+        old, new, descent = (
+            np.array([arrays[tensor].__array_interface__["data"][0] for tensor in tensors], np.uintp)
+            for arrays in (before, after, gradient)
+        )
+        like = tuple(words_of([np.empty(0, dtype)])[0] for dtype in dtypes)
+        in_situ.refresh_products(old, new, descent, like, sizes[tensors], firsts[tensors], gram, ratio)
+    return _added(segments, gram, ratio)
