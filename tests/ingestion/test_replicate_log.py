@@ -513,7 +513,7 @@ def test_replicates_are_logged_at_every_step_or_at_none_and_as_many(run, tmp_pat
             (fewer, r"shape changes from \(4, 5\) to \(2, 5\)"),
         ]
     ):
-        log = write_npz(tmp_path / str(number), [*steps[:2], third])
+        log = write_npz(tmp_path / str(number), [*steps[:2], third, steps[3]])
         with pytest.raises(InputError, match=message):
             ingest(log, tmp_path / "out.zarr")
     log = write_npz(tmp_path / "log", steps[:2])

@@ -38,6 +38,9 @@ class States:
             return np.full((5, 2), np.nan)
         return 10.0 * np.arange(5) if name == "loss" else np.full(5, np.nan)
 
+    def lacking(self):
+        return {4: ("gradient",)}
+
     def current(self, attempt=None):
         newest = max(self.attempts) if attempt is None else attempt
         return np.array([number <= newest for number in self.attempts])
@@ -76,6 +79,7 @@ def test_updates_are_in_the_order_of_runs_and_steps():
     assert table.loss.tolist() == [30.0, 20.0, 0.0]
     assert table.next_loss.tolist() == [40.0, 30.0, 10.0]
     assert table.gram[:, 0, 0, 0].tolist() == [3.0, 2.0, 0.0]
+    assert table.gradient_logged.tolist() == [[True, False], [True, True], [True, True]]
     assert table.dtypes == {"gradient": "float32"}
     assert [(part.start, part.stop) for part in table.run_slices()] == [(0, 2), (2, 3)]
     assert table.follows().tolist() == [True, False]

@@ -93,8 +93,11 @@ def test_shifting_a_log_back_gives_the_original_run(tmp_path, by, caplog):
     expected, found = held(tmp_path / "aligned.zarr"), held(tmp_path / "shifted.zarr")
     # Of the logged states, those whose gradient is logged at another step.
     logged = range(by, STEPS) if by > 0 else range(STEPS + by)
-    assert list(found) == [step for step in logged if step + by in logged]
-    assert all(found[step] == expected[step] for step in found)
+    complete = [step for step in logged if step + by in logged]
+    # The last update leads to a state whose gradient is not logged yet.
+    assert list(found) == [*complete, *([complete[-1] + 1] if by > 0 else [])]
+    assert all(found[step] == expected[step] for step in complete)
+    assert all(found[step][0][0] == expected[step][0][0] for step in found)
     assert "steps of" in caplog.text
     assert "are omitted" in caplog.text
 
@@ -244,10 +247,14 @@ def test_lightning_gradients_that_may_belong_to_the_state_before_are_never_passe
     (tmp_path / "run.toml").write_text('[[source]]\npath = "log"\nshift = { gradient = 0 }\n')
     assert not any("Lightning" in note for note in inspect_source([tmp_path / "run.toml"]).notes)
     assert not any("Lightning" in w for w in ingest(tmp_path / "run.toml", tmp_path / "declared.zarr").warnings)
-    native = write_log(tmp_path / "native", trained(adam)[1:-1], list(range(1, STEPS - 1)))
+    states = trained(adam)[1:]
+    states[-1] = {key: value for key, value in states[-1].items() if key.startswith("parameter/")}
+    native = write_log(tmp_path / "native", states, list(range(1, STEPS)))
     aligned = ingest(native, tmp_path / "native.zarr")
     found, expected = held(tmp_path / "answered-0.zarr"), held(aligned.trajectory)
-    assert {step: row[:2] for step, row in found.items()} == {step: row[:2] for step, row in expected.items()}
+    for step in {*found, *expected}:
+        assert found[step][0] == expected[step][0]
+        np.testing.assert_array_equal(found[step][1], expected[step][1])
 
 
 def test_lightning_gradients_that_are_proven_to_be_aligned_cause_no_question(tmp_path):

@@ -110,7 +110,7 @@ def ingest(
             wait=wait,
             progress=stage(progress, "ingest"),
         )
-        return found if first or found.new_steps else None
+        return found if first or found.new_steps or found.completed_steps else None
 
     return _repeated(once, values)
 
@@ -225,6 +225,7 @@ def verify(out: options.Out, **values: Unpack[options.VersionOptions]) -> Verifi
     InputError
         If OUT contains no trajectory.
     """
-    from natgrad.app.verification import verify_run
+    from natgrad.app.verification import unfinished, verify_run
 
-    return Verification(damages=tuple(verify_run(out, values["version"])))
+    damages = verify_run(out, values["version"])
+    return Verification(damages=tuple(damages), unfinished="" if damages else unfinished(out, values["version"]))

@@ -269,6 +269,7 @@ def _analyze(
             "attempt": int(states.scalar(ATTEMPT).max()) if analysis.attempt is None else analysis.attempt,
         },
     }
+    provenance |= {"unfinished": states.unfinished} if states.unfinished else {}
     tree = results.label(inputs, gammas=analysis.gammas, windows=analysis.windows, provenance=provenance)
     if states.replicates:
         # This imports SciPy's operators, which take a third of a second to load.
@@ -436,7 +437,7 @@ def process_run(
             why="the training run has just started",
             remedy="run again later; natgrad process waits for it with --follow",
         )
-    if skip_unchanged and not ingested.new_steps:
+    if skip_unchanged and not ingested.new_steps and not ingested.completed_steps:
         return None
     analyzed = analyze_run(out, analysis, progress=stage(progress, "analyze"))
     return ProcessSummary(**vars(ingested), **vars(analyzed), **vars(report_run([out])))

@@ -227,9 +227,12 @@ class Verification(Summary):
     ----------
     damages : tuple of Damage
         All corrupt data.
+    unfinished : str
+        What the log did not contain yet of the last state; empty if nothing is missing.
     """
 
     damages: tuple[Damage, ...]
+    unfinished: str = ""
 
     @property
     def ok(self) -> bool:
@@ -238,10 +241,12 @@ class Verification(Summary):
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
-        return {"damages": [damage.to_json() for damage in self.damages]}
+        damages = {"damages": [damage.to_json() for damage in self.damages]}
+        return damages | ({"unfinished": self.unfinished} if self.unfinished else {})
 
     def __str__(self) -> str:
-        return "".join(f"{damage}\n" for damage in self.damages) or "OK: all checksums match\n"
+        damages = "".join(f"{damage}\n" for damage in self.damages) or "OK: all checksums match\n"
+        return damages + (f"{self.unfinished}\n" if self.unfinished else "")
 
 
 @dataclass(frozen=True, kw_only=True)

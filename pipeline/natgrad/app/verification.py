@@ -13,6 +13,7 @@ from natgrad.store import Trajectory, exists
 from natgrad.store.verify import Damage, verify_ledger, verify_results, verify_trajectory
 
 __all__ = [
+    "unfinished",
     "verify_run",
 ]
 
@@ -55,6 +56,12 @@ def verify_run(out: str | Path, version: str | None = None) -> list[Damage]:
         if folder.results.exists():
             damages += verify_results(folder.results)
     return damages
+
+
+def unfinished(out: str | Path, version: str | None = None) -> str:
+    """Return what the last state of OUT lacks, as a sentence; empty if it is complete or cannot be read."""
+    states = _opened(RunFolder.of(out, version=version))
+    return "" if states is None else states.unfinished
 
 
 def _opened(folder: RunFolder) -> Trajectory | None:

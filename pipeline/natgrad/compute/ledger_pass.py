@@ -19,7 +19,7 @@ from natgrad.compute.executors import Executor, serial
 from natgrad.compute.plan import PassPlan, PlanLimits, WorkItem, plan_shape
 from natgrad.compute.tasks import Computed, Job
 from natgrad.schema.errors import InputError
-from natgrad.schema.layout import TrajectoryShape
+from natgrad.schema.layout import LedgerChunk, TrajectoryShape
 from natgrad.schema.logs import logger
 from natgrad.schema.names import STEP
 from natgrad.schema.times import now, oldest
@@ -149,6 +149,8 @@ def compute_ledger(
                 _record_times(preparing.result(), earlier, job.verified)
             raise
         prepared = preparing.result()
+        for chunk, digest in prepared.settled.items():
+            prepared.ledger.settle(chunk, digest)
         if missing:
             _record_times(prepared, earlier, job.verified)
         verified = verified_since(states, prepared.ledger)
@@ -160,13 +162,15 @@ class _Prepared(NamedTuple):
     """A ledger that is ready to be written, and the missing work items.
 
     ``digests`` maps the first update of each ledger chunk to the digest of its states, and ``steps`` is the step of
-    the state before each update.
+    the state before each update. ``settled`` maps the last ledger chunk to the digest of its states without a
+    provisional one.
     """
 
     ledger: Ledger
     missing: list[WorkItem]
     digests: dict[int, str]
     steps: NDArray[np.int64]
+    settled: dict[LedgerChunk, str]
 
 
 def _prepare(
@@ -177,8 +181,15 @@ def _prepare(
     ledger = Ledger.prepare(
         storage, states.layout, vectors, steps, spans, updates_per_chunk, states.replicate_vectors
     )
-    parts = ledger.partial_chunks()
-    digests = states.digests([*(item.chunk for item in items), *parts])
+    if settled := ledger.settled():
+        ledger.shorten(states.digests(settled))
+    parts, last = ledger.partial_chunks(), items[-1].chunk
+    # The update to a provisional state is computed again when this state is complete.
+    shorter = LedgerChunk(last.start, last.stop - 1)
+    unchanging = [shorter] if states.provisional and shorter.stop > shorter.start else []
+    digests = states.digests([*(item.chunk for item in items), *parts, *unchanging])
+    settled_digests = dict.fromkeys([last], digests[shorter]) if unchanging else {}
+    digests = {chunk: digest for chunk, digest in digests.items() if chunk not in unchanging or chunk in parts}
     # If the trajectory was replaced, an interrupted pass must not leave valid updates of the old trajectory.
     ledger.discard_others(digests)
     lacking = set(ledger.missing(digests))
@@ -186,7 +197,8 @@ def _prepare(
     missing = [
         item.after(reached.get(item.chunk.start, item.chunk.start)) for item in items if item.chunk in lacking
     ]
-    return _Prepared(ledger, missing, {item.chunk.start: digests[item.chunk] for item in items}, steps)
+    of_items = {item.chunk.start: digests[item.chunk] for item in items}
+    return _Prepared(ledger, missing, of_items, steps, settled_digests)
 
 
 def _record_times(prepared: _Prepared, earlier: Mapping[int, str | None], time: str | None) -> None:

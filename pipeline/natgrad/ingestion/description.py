@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import promote
 from natgrad.schema.names import HYPERPARAMETERS, OPTIMIZER_STATES, REPLICATE_LOSS, REPLICATE_STATES, STATES
 from natgrad.sources.base import Source, StepContent
-from natgrad.sources.completion import complete
+from natgrad.sources.completion import complete, not_at_every_step
 from natgrad.sources.steps import LoggedStep, LoggedTensor, where
 from natgrad.store import Trajectory
 
@@ -38,9 +38,9 @@ def stored_dtypes(contents: Iterable[StepContent]) -> dict[str, str]:
     return {name: promote(sorted(logged[name])) for name in names if logged.get(name)}
 
 
-def scalar_of(content: StepContent, name: str) -> float | Sequence[float]:
+def scalar_of(content: StepContent, name: str, replicates: int) -> float | Sequence[float]:
     """Return a scalar of a step, or the losses of its replicates; NaN if the step has none."""
-    missing: float | Sequence[float] = [math.nan] * content.replicates if name == REPLICATE_LOSS else math.nan
+    missing: float | Sequence[float] = [math.nan] * replicates if name == REPLICATE_LOSS else math.nan
     return content.numbers.get(name, missing)
 
 
@@ -69,26 +69,49 @@ def parameters_of(trajectory: Trajectory) -> dict[str, LoggedTensor]:
 
 
 def describe_steps(
-    log: Source, steps: Sequence[LoggedStep], warnings: list[str], optimizer: bool
+    log: Source,
+    steps: Sequence[LoggedStep],
+    warnings: list[str],
+    optimizer: bool,
+    tensors: Collection[str] | None = None,
 ) -> dict[LoggedStep, StepContent]:
-    """Describe steps, and check that all have the same tensors as the first one.
+    """Describe steps, and check that all have the same arrays and tensors.
 
-    Warnings are appended to ``warnings``.
+    The last step of a run may lack all arrays except parameters.
+
+    Parameters
+    ----------
+    log : Source
+    steps : sequence of LoggedStep
+        Steps of one or several runs, run by run.
+    warnings : list of str
+        Warnings are appended.
+    optimizer : bool
+        Include the state of the optimizer.
+    tensors : collection of str, optional
+        Trained tensors of the trajectory. Default: those of the first step.
+
+    Returns
+    -------
+    dict
+        The step with which the others were compared comes first. It lacks nothing unless all steps are last ones.
 
     Raises
     ------
     InputError
-        If the arrays, tensors, shapes or dtypes of a step differ from those of the first step.
+        If the arrays, tensors, shapes or dtypes of a step differ from those of the other steps.
     """
     contents: dict[LoggedStep, StepContent] = {}
     unused: dict[str, LoggedStep] = {}
     notes: dict[str, LoggedStep] = {}
     differences: dict[tuple[str, str, str], list[str]] = {}
-    first = steps[0]
-    for step in steps:
+    ends = set({step.run: step for step in steps}.values())
+    first = next((step for step in steps if step not in ends), steps[0])
+    for step in (first, *(step for step in steps if step != first)):
         with log.open(step) as reader:
-            content = complete(step, reader.content(), optimizer=optimizer)
-            _require_same_model(step, content, first, contents.get(first, content))
+            trained = tensors if first not in contents else tuple(contents[first].arrays[STATES[0]])
+            content = complete(step, reader.content(), optimizer=optimizer, tensors=trained, is_last=step in ends)
+            _require_same_model(step, content, first, contents.get(first, content), is_last=step in ends)
         notes.update({note: step for note in content.notes if note not in notes})
         unused.update({key: step for key in content.unused if key not in unused})
         for entry in content.differences:
@@ -118,17 +141,17 @@ def describe_steps(
     return contents
 
 
-def _require_same_model(step: LoggedStep, content: StepContent, first: LoggedStep, model: StepContent) -> None:
+def _require_same_model(
+    step: LoggedStep, content: StepContent, first: LoggedStep, model: StepContent, *, is_last: bool
+) -> None:
     names = (*STATES, *REPLICATE_STATES)
     for name in (name for name in names if name in model.arrays or name in content.arrays):
         have, expect = content.arrays.get(name), model.arrays.get(name)
+        if have is None and is_last:
+            continue
         if have is None or expect is None:
-            lacking = step if have is None else first
-            raise InputError(
-                f"{name} is not logged at every step",
-                where=where(lacking, name),
-                remedy=f"log {name} at every step or at no step",
-            )
+            lacking, logged = (step, expect) if have is None else (first, have)
+            raise not_at_every_step(lacking, name, next(iter(logged or ()), ""))
         for tensor in {**expect, **have}:
             if tensor not in have or tensor not in expect:
                 adjective = "missing" if tensor not in have else "new"

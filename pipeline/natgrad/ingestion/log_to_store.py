@@ -17,7 +17,13 @@ from natgrad.ingestion.description import (
     stores_optimizer,
     tensor_text,
 )
-from natgrad.ingestion.new_updates import Extent, committed_steps, finished_steps, states_to_write
+from natgrad.ingestion.new_updates import (
+    Extent,
+    committed_steps,
+    finished_steps,
+    incomplete_steps,
+    states_to_write,
+)
 from natgrad.ingestion.read_options import ReadOptions
 from natgrad.ingestion.transfer import EXTREMES, Progress, Writer
 from natgrad.ingestion.waiting import StepWait
@@ -69,7 +75,11 @@ class IngestSummary(Summary):
     trajectory : str
         The store.
     new_steps, steps : int
-        Number of steps read by this ingest, and number of steps in the current attempt.
+        Number of new steps read by this ingest, and number of steps in the current attempt.
+    completed_steps : int
+        Number of steps that were stored before, but lacked something that this ingest read, such as a gradient.
+    last_step_lacks : list of str
+        What the log does not contain yet of the last step; an ingest of the longer log adds it.
     first_step, last_step : int
         First and last step of the current attempt.
     attempts : int
@@ -95,6 +105,8 @@ class IngestSummary(Summary):
     elements: int
     dtypes: dict[str, str]
     replicates: int = 0
+    completed_steps: int = 0
+    last_step_lacks: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
 
@@ -185,7 +197,7 @@ def ingest(
             exact_names=options.exact_names,
         )
     )
-    stored: list[int] = []
+    stored, completed = list[int](), list[int]()
     with ListedLog(log) as listed:
         summary = _with_new_listings(
             lambda: _ingest(
@@ -201,10 +213,12 @@ def ingest(
                 check_shape=check_shape,
                 progress=progress,
                 stored=stored,
+                completed=completed,
             )
         )
     # With --follow these warnings were shown on the previous scan.
-    for warning in summary.warnings if summary.new_steps or wait is None else ():
+    is_new = summary.new_steps or summary.completed_steps
+    for warning in summary.warnings if is_new or wait is None else ():
         _log.warning("%s", warning)
     return replace(summary, source=", ".join(map(str, sources)))
 
@@ -231,10 +245,11 @@ def _ingest(
     check_shape: Callable[[TrajectoryShape], None] | None,
     progress: Progress | None,
     stored: list[int],
+    completed: list[int],
 ) -> IngestSummary:
     """List a log and read its new steps; see `ingest`.
 
-    The number of stored steps is appended to ``stored``, even after an error.
+    The numbers of stored and completed steps are appended to ``stored`` and ``completed``, even after an error.
     """
     if wait is not None:
         wait.start()
@@ -250,7 +265,7 @@ def _ingest(
             trajectory.recover()
         optimizer = stores_optimizer(trajectory, include)
         warnings: list[str] = []
-        committed = committed_steps(trajectory)
+        committed = committed_steps(trajectory) - incomplete_steps(trajectory)
         listed = log.hold(listed, lambda step: (step.run, step.number) not in committed)
         listed = finished_steps(log, listed, trajectory, warnings)
         new, identities_now = states_to_write(log, listed, trajectory, allow_gaps, wait, warnings)
@@ -260,19 +275,23 @@ def _ingest(
         if check is not None and (steps or trajectory is not None):
             check(Extent.of(trajectory, new))
         if steps:
-            contents = describe_steps(log, steps, warnings, optimizer)
-            misaligned = "" if trajectory is not None else misalignment(log, steps, contents[steps[0]])
+            tensors = None if trajectory is None else trajectory.layout.names
+            contents = describe_steps(log, steps, warnings, optimizer, tensors)
+            model = next(iter(contents))
+            with_gradient = [step for step in steps if "gradient" in contents[step].arrays]
+            misaligned = "" if trajectory is not None else misalignment(log, with_gradient, contents[model])
             warnings += [misaligned] if misaligned else []
             warnings += _scalars_not_stored(trajectory, contents)
             warnings += _metrics_not_stored(trajectory, contents)
             if check_shape is not None:
                 check_shape(_future_shape(store, trajectory, contents, len(new), limits))
-            trajectory = _matching_trajectory(store, trajectory, steps[0], contents, optimizer, options, limits)
+            trajectory = _matching_trajectory(store, trajectory, model, contents, optimizer, options, limits)
             writer = Writer(log, trajectory, contents, warnings, limits)
             try:
                 writer.write(new, progress)
             finally:
                 stored.append(writer.new_steps)
+                completed.append(writer.completed_steps)
                 trajectory.abandon()
                 if not trajectory.n_states:
                     Trajectory.remove(store)
@@ -300,6 +319,8 @@ def _ingest(
         elements=trajectory.layout.elements,
         dtypes=dict(trajectory.array_dtypes),
         replicates=trajectory.replicates,
+        completed_steps=sum(completed),
+        last_step_lacks=list(trajectory.provisional),
         warnings=warnings,
     )
 
@@ -313,7 +334,7 @@ def _future_shape(
 ) -> TrajectoryShape:
     """Return the shape that the trajectory will have once ``new`` states are written."""
     if trajectory is not None:
-        return replace(trajectory.shape, states=trajectory.n_states + new)
+        return replace(trajectory.shape, states=trajectory.n_fixed + new)
     content = next(iter(contents.values()))
     layout = _layout(content)
     return TrajectoryShape(
@@ -344,6 +365,14 @@ def _matching_trajectory(
     content = contents[first]
     dtypes = stored_dtypes(contents.values())
     layout = _layout(content)
+    if trajectory is not None and not any(
+        step.run == first.run and step.number > first.number for step in contents
+    ):
+        # A last step may lack arrays.
+        dtypes = {**trajectory.array_dtypes, **dtypes}
+        replicates = content.replicates or trajectory.replicates
+    else:
+        replicates = content.replicates
     if trajectory is None:
         chunk = chunk_shape(len(contents), layout.elements, content.replicates, limits)
         logged_scalars = {name for content in contents.values() for name in content.numbers}
@@ -351,7 +380,6 @@ def _matching_trajectory(
         source, sweep = str(first.storage.parent.absolute()), bool(first.run)
         described = list(contents.values())
         tables = _tables(first, described, dtypes) if optimizer else _hyperparameter_tables(described)
-        replicates = content.replicates
         return Trajectory.create(
             store,
             layout,
@@ -388,9 +416,9 @@ def _matching_trajectory(
                 why="the run was restarted with a different model, or OUT contains a different run",
                 remedy="choose another OUT, or start from scratch with --overwrite",
             )
-    if content.replicates != trajectory.replicates:
+    if replicates != trajectory.replicates:
         raise InputError(
-            f"the number of replicates changes from {trajectory.replicates} to {content.replicates}",
+            f"the number of replicates changes from {trajectory.replicates} to {replicates}",
             where=where(first),
             why="the run was restarted with a different number of replicates, or OUT contains a different run",
             remedy="choose another OUT, or start from scratch with --overwrite",
@@ -476,11 +504,16 @@ def _missing_scalars(trajectory: Trajectory) -> list[str]:
         "learning_rate": "pass it with --learning-rate; without it no metric exists",
     }
     missing = []
+    follows, incomplete = np.append(trajectory.spans() > 0, False), trajectory.lacking()
     for name in USUAL_SCALARS:
         absent_at = np.isnan(trajectory.scalar(name))
         if name == "learning_rate":
             absent_at &= np.isnan(trajectory.scalar("tensor_learning_rate")).any(axis=1)
+            needed = absent_at & follows
+        else:
+            needed = absent_at.copy()
+            needed[[state for state, lacks in incomplete.items() if name in lacks]] = False  # added later
         absent = int(absent_at.sum())
-        if absent:
+        if needed.any():
             missing.append(f"{name} is missing or NaN in {absent} of {trajectory.n_states} steps: {remedies[name]}")
     return missing

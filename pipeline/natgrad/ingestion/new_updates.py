@@ -23,13 +23,13 @@ from natgrad.ingestion.transfer import NewState, fill_state
 from natgrad.ingestion.waiting import Gap, StepWait
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import storage_dtype
-from natgrad.schema.names import ATTEMPT, RUN, STEP
+from natgrad.schema.names import ATTEMPT, REPLICATE_PARAMETER, RUN, STEP, replicate_of
 from natgrad.sources.changes import changed_lately
 from natgrad.sources.listed import ListedLog
 from natgrad.sources.steps import LoggedStep, NotYet, Unreadable, where
 from natgrad.store import Trajectory, checksum
 
-__all__ = ["Extent", "committed_steps", "finished_steps", "states_to_write"]
+__all__ = ["Extent", "committed_steps", "finished_steps", "incomplete_steps", "states_to_write"]
 
 
 @dataclass(frozen=True)
@@ -96,13 +96,22 @@ def committed_steps(trajectory: Trajectory | None) -> set[tuple[str, int]]:
     return {(names[run], number) for run, number in zip(runs, numbers, strict=True)}
 
 
+def incomplete_steps(trajectory: Trajectory | None) -> set[tuple[str, int]]:
+    """Return the run and number of each step that lacks something in the trajectory."""
+    if trajectory is None:
+        return set()
+    names, runs, numbers = trajectory.runs, trajectory.scalar(RUN), trajectory.scalar(STEP)
+    return {(names[runs[state]], int(numbers[state])) for state in trajectory.lacking()}
+
+
 def finished_steps(
     log: ListedLog, listed: Sequence[LoggedStep], trajectory: Trajectory | None, warnings: list[str]
 ) -> list[LoggedStep]:
     """Return the listed steps, except those that are still being written.
 
     An unreadable step is omitted, with a warning, if it is the last step of a run or replaces an ingested step, and
-    has changed recently. Other unreadable steps cause an error later, when they are read.
+    has changed recently. Other unreadable steps cause an error later, when they are read. If an incomplete step of
+    the trajectory is being completed, the later steps of its run are omitted, too.
     """
     identities = [log.identity(step) for step in listed]
     if not any(changed_lately(found["time"]) for found in identities):
@@ -110,7 +119,7 @@ def finished_steps(
     ingested: set[frozenset[Any]] = set()
     if trajectory is not None:
         ingested = {frozenset(source.items()) for source in trajectory.sources()}
-    committed = committed_steps(trajectory)
+    committed, incomplete = committed_steps(trajectory), incomplete_steps(trajectory)
     finished: list[LoggedStep] = []
     for step, found in reversed(list(zip(listed, identities, strict=True))):
         is_last = not finished or finished[-1].run != step.run
@@ -127,6 +136,8 @@ def finished_steps(
             warnings.append(
                 f"{where(step)} is left for the next pass, because it is still being written: {unread.what}"
             )
+            if (step.run, step.number) in incomplete:
+                finished = [other for other in finished if other.run != step.run]
     return finished[::-1]
 
 
@@ -163,6 +174,10 @@ def states_to_write(
     """
     states: list[NewState] = []
     committed = None if trajectory is None else _Committed(trajectory)
+    provisional = None if committed is None else committed.provisional()
+    if provisional is not None:
+        # The states of its run come first, because they replace it.
+        listed = sorted(listed, key=lambda step: step.run != provisional.step.run)
     for run, group in itertools.groupby(listed, key=lambda step: step.run):
         steps, attempt, before, last = list(group), 0, [], None
         numbers = {step.number for step in steps}
@@ -172,7 +187,7 @@ def states_to_write(
             before = [number for number in sorted(view.states) if not steps or number < steps[0].number]
             # An update must start from the preceding state. If states of other runs follow the last state of this
             # run, that state is written again.
-            follows = not states and bool(before) and view.states[before[-1]] == committed.trajectory.n_states - 1
+            follows = not states and bool(before) and view.states[before[-1]] == committed.trajectory.n_fixed - 1
             if steps and attempt == view.attempt and not follows:
                 last = NewState(LoggedStep(before[-1], steps[0].storage, run=run), attempt, view.states[before[-1]])
         if not allow_gaps:
@@ -184,8 +199,20 @@ def states_to_write(
                 removed = log.identity(steps[0])["folder"] == last_source["folder"]
             steps = _steps_before_gap(run, steps, before, removed, wait, warnings)
             last = last if steps else None
+        if committed is not None and before and steps and attempt == view.attempt:
+            lacks = committed.lacking.get(view.states[before[-1]], ())
+            if lacks and before[-1] not in numbers:
+                name = f"step {before[-1]}{f' of run {run}' if run else ''}"
+                warnings.append(
+                    f"{name} was removed from the log before it contained {', '.join(lacks)}: results that need "
+                    "them are NaN"
+                )
+        again = () if committed is None else committed.again
         states += [] if last is None else [last]
-        states += [NewState(step, attempt) for step in steps]
+        states += [NewState(step, attempt, again=step in again) for step in steps]
+    if provisional is not None and states and not states[0].is_of(provisional):
+        # It is kept as it is, because the run was restarted, or its step was removed from the log.
+        states.insert(0, provisional)
     return states, {} if committed is None else committed.confirmed
 
 
@@ -209,16 +236,38 @@ class _View:
 
 
 class _Committed:
-    """Committed states of a trajectory, the source of each, and the new identities of compared sources."""
+    """Committed states of a trajectory, the source of each, and the new identities of compared sources.
+
+    Attributes
+    ----------
+    trajectory : Trajectory
+    sources : list of dict
+    lacking : dict
+        What each incomplete state lacks, see `Trajectory.lacking`.
+    confirmed : dict
+        New identity of the source, by state.
+    again : set of LoggedStep
+        Steps of incomplete states that must be read again.
+    """
 
     def __init__(self, trajectory: Trajectory) -> None:
         self.trajectory, self.sources = trajectory, trajectory.sources()
+        self.lacking = trajectory.lacking()
         self.confirmed: dict[int, dict[str, Any]] = {}
+        self.again: set[LoggedStep] = set()
         steps, attempts, runs = (trajectory.scalar(name).tolist() for name in (STEP, ATTEMPT, RUN))
         self._states: dict[str, list[tuple[int, int, int]]] = {}
         names = trajectory.runs
         for state, (step, attempt, run) in enumerate(zip(steps, attempts, runs, strict=True)):
             self._states.setdefault(names[run], []).append((state, step, attempt))
+
+    def provisional(self) -> NewState | None:
+        """Return the provisional state, to be written as it is."""
+        trajectory, state = self.trajectory, self.trajectory.n_fixed
+        if not trajectory.provisional:
+            return None
+        step, attempt, run = (int(trajectory.scalar(name)[state]) for name in (STEP, ATTEMPT, RUN))
+        return NewState(LoggedStep(step, trajectory.storage, run=trajectory.runs[run]), attempt, state)
 
     def has(self, run: str) -> bool:
         """Return True if any state of a run is stored."""
@@ -255,6 +304,10 @@ def _uncommitted_steps(
     same: list[LoggedStep] = []
     other_values: list[LoggedStep] = []
     known = [step for step in listed if step.number in view.states]
+    last = max(view.states)
+    incomplete = next(
+        (step for step in known if step.number == last and view.states[last] in committed.lacking), None
+    )
     found = {step: log.identity(step) for step in listed}
     changed = {
         step for step in known if _files_of(found[step]) != _files_of(committed.sources[view.states[step.number]])
@@ -277,6 +330,8 @@ def _uncommitted_steps(
             differing[step] = difference
             continue
         same.append(step)
+        if step == incomplete:
+            continue
         values = committed.sources[state].get("values")
         if other_scalars or found[step].get("values") != values:
             other_values.append(step)
@@ -288,7 +343,6 @@ def _uncommitted_steps(
             f"(the first is step {other_values[0].number}); the stored values are kept. To ingest the current log, "
             "start from scratch with --overwrite"
         )
-    last = max(view.states)
     origin = committed.sources[view.states[last]]["folder"]
     if new and not known and found[new[0]]["folder"] != origin:
         warnings.append(
@@ -309,6 +363,9 @@ def _uncommitted_steps(
         wait.skip(run, [step.number for step in late], warnings)
         new = new[len(late) :]
     if not differing:
+        if incomplete is not None and (new or found[incomplete] != committed.sources[view.states[last]]):
+            committed.again.add(incomplete)
+            new = [incomplete, *new]
         return new, view.attempt
     first = min(differing)
     ingested = committed.sources[view.states[begin]]
@@ -364,7 +421,7 @@ def _is_state(
 def _difference(
     log: ListedLog, step: LoggedStep, state: int, committed: _Committed, *, read: bool
 ) -> tuple[str, bool]:
-    """Compare a step with a committed state.
+    """Compare a step with a committed state, without what the state lacks.
 
     A new scalar is not a difference, because scalars may be logged later than tensors, and a shifted scalar is in
     the file of a later step. A missing scalar is not a difference if the files are the same: the log that contains
@@ -386,28 +443,34 @@ def _difference(
     other_scalars : bool
         True if there is such a new or missing scalar.
     """
-    trajectory = committed.trajectory
-    (content,) = describe_steps(log, [step], [], stores_optimizer(trajectory)).values()
+    trajectory, lacks = committed.trajectory, committed.lacking.get(state, ())
+    described = describe_steps(log, [step], [], stores_optimizer(trajectory), trajectory.layout.names)
+    content = described[step]
     if content.arrays["parameter"] != parameters_of(trajectory):
         return "different tensors", False
-    dtypes = stored_dtypes([content])
-    if optimizer_dtypes(trajectory) | dtypes != trajectory.array_dtypes:
-        return f"dtypes {trajectory.array_dtypes}, and now has {dtypes}", False
-    if content.replicates != trajectory.replicates:
+    before, dtypes = (
+        {name: dtype for name, dtype in each.items() if name not in lacks}
+        for each in (trajectory.array_dtypes, stored_dtypes([content]))
+    )
+    if {**before, **dtypes} != before or before.keys() - dtypes.keys() - optimizer_dtypes(trajectory).keys():
+        return f"dtypes {before}, and now has {dtypes}", False
+    if REPLICATE_PARAMETER in dtypes and content.replicates != trajectory.replicates:
         return f"{trajectory.replicates} replicates, and now has {content.replicates}", False
     same_files, other_scalars = _files_of(log.identity(step)) == _files_of(committed.sources[state]), False
     for name in trajectory.scalars:
-        before, now = trajectory.scalar(name)[state].tolist(), scalar_of(content, name)
-        if np.array_equal(before, now, equal_nan=True):
+        stored, now = trajectory.scalar(name)[state].tolist(), scalar_of(content, name, trajectory.replicates)
+        if np.array_equal(stored, now, equal_nan=True):
             continue
-        is_new, is_missing = bool(np.isnan(before).all()), bool(np.isnan(now).all())
+        is_new, is_missing = bool(np.isnan(stored).all()), bool(np.isnan(now).all())
         if not is_new and not (is_missing and same_files):
-            return f"{name} {before!r}, and now has {now!r}", False
+            return f"{name} {stored!r}, and now has {now!r}", False
         other_scalars = True
     if not read:
         return "", other_scalars
     with log.open(step) as reader:
         for name, dtype in trajectory.dtypes.items():
+            if replicate_of(name)[0] in lacks:
+                continue
             recorded = trajectory.recorded_checksums(name, state, state + 1)
             for column in range(trajectory.columns):
                 buffer = np.zeros(trajectory.chunk[1], storage_dtype(dtype))

@@ -17,9 +17,17 @@ from numpy.typing import NDArray
 
 from natgrad.ingestion.description import scalar_of
 from natgrad.schema.errors import InputError
-from natgrad.schema.layout import IngestLimits, Layout, TrajectoryShape, storage_dtype, widened
+from natgrad.schema.layout import IngestLimits, Layout, TrajectoryShape, missing_word, storage_dtype, widened
 from natgrad.schema.logs import logger
-from natgrad.schema.names import METRIC_EIGENVALUES, REPLICATE_STATES, replicate_of
+from natgrad.schema.names import (
+    ATTEMPT,
+    METRIC_EIGENVALUES,
+    OPTIMIZER_STATES,
+    REPLICATE_STATES,
+    RUN,
+    STEP,
+    replicate_of,
+)
 from natgrad.sources.base import Source, StepContent, StepReader
 from natgrad.sources.listed import ListedLog
 from natgrad.sources.optimizers.logged_metric import extremes
@@ -36,7 +44,6 @@ EXTREMES = ("exp_avg_sq_min", "exp_avg_sq_max")
 """Arrays (step, tensor) that are computed while a step is copied."""
 
 _OPEN_STEPS, _NOTES_SHOWN = 4, 5
-_BFLOAT16_NAN = 0x7FC0
 _NUMBER = re.compile(r"-?\d[\d.e+-]*")
 
 Progress = Callable[[int, int], None]
@@ -52,12 +59,24 @@ class NewState:
     step : LoggedStep
     attempt : int
     repeats : int, optional
-        Index of a committed state that is written again: the last of its run, if states of other runs follow it.
+        Index of a committed state that is written as it is: the last of its run, if states of other runs follow it,
+        or one that is provisional, but will not be completed.
+    again : bool
+        An incomplete state of this step is committed; the log may now contain what it lacks.
     """
 
     step: LoggedStep
     attempt: int
     repeats: int | None = None
+    again: bool = False
+
+    def is_of(self, other: NewState) -> bool:
+        """Return True if both states have the same run, step and attempt."""
+        return (self.step.run, self.step.number, self.attempt) == (other.step.run, other.step.number, other.attempt)
+
+    def follows(self, other: NewState | None) -> bool:
+        """Return True if the other state is of the same run and attempt."""
+        return other is not None and (self.step.run, self.attempt) == (other.step.run, other.attempt)
 
 
 @dataclass
@@ -88,7 +107,7 @@ def fill_state(
         tensor = layout.tensors[index]
         segment = out[low - first : high - first]
         if tensor.name not in content.arrays.get(array, ()):
-            segment[:] = _BFLOAT16_NAN if dtype == "bfloat16" else np.nan
+            segment[:] = missing_word(dtype)
             continue
         logged = content.arrays[array][tensor.name].dtype
         # The replicates of a tensor are stored one after another.
@@ -155,7 +174,9 @@ class Writer:
     Attributes
     ----------
     new_steps : int
-        Number of committed steps.
+        Number of committed steps that were not stored before.
+    completed_steps : int
+        Number of committed steps that were stored before, but lacked something that the log has now.
     """
 
     def __init__(
@@ -168,7 +189,8 @@ class Writer:
     ) -> None:
         self._log, self._trajectory, self._contents = log, trajectory, contents
         self._warnings, self._limits = warnings, limits
-        self.new_steps = 0
+        self.new_steps = self.completed_steps = 0
+        self._lacked: dict[tuple[str, int], tuple[str, ...]] = {}
         self._not_finite: list[str] = []
         self._no_metric: dict[str, _UnknownMetric] = {}
         # Smallest and largest element of each tensor, for the states of one commit.
@@ -187,11 +209,12 @@ class Writer:
         sizes = [storage_dtype(dtype).itemsize for dtype in self._trajectory.dtypes.values()]
         state_bytes = sum(sizes) * self._trajectory.layout.elements
         per_commit = max(1, self._limits.commit_bytes // max(1, steps * state_bytes)) * steps
+        lacking = self._lacking(new)
         done = 0
         while done < len(new):
             # The first commit completes the chunk that an earlier ingest left incomplete.
-            count = per_commit - self._trajectory.n_states % steps
-            self._commit(new[done : done + count])
+            count = per_commit - self._trajectory.n_fixed % steps
+            self._commit(new[done : done + count], lacking[done : done + count], done + count >= len(new))
             done = min(done + count, len(new))
             if progress is not None:
                 progress(done, len(new))
@@ -209,14 +232,50 @@ class Writer:
         if more > 0:
             self._warnings.append(f"for {more} other reasons, more metrics are not known")
 
-    def _commit(self, new: Sequence[NewState]) -> None:
+    def _lacking(self, new: Sequence[NewState]) -> list[tuple[str, ...]]:
+        """Return what each state lacks: arrays, and numbers that the state before it has."""
+        trajectory = self._trajectory
+        before: NewState | None = None
+        if trajectory.n_fixed:
+            last = trajectory.n_fixed - 1
+            step, attempt, run = (int(trajectory.scalar(name)[last]) for name in (STEP, ATTEMPT, RUN))
+            before = NewState(LoggedStep(step, trajectory.storage, run=trajectory.runs[run]), attempt, last)
+        stored = any(state.repeats is not None or state.again for state in new)
+        earlier = trajectory.lacking() if stored else {}
+        runs, steps = trajectory.scalar(RUN), trajectory.scalar(STEP)
+        self._lacked = {
+            (trajectory.runs[runs[index]], int(steps[index])): lacks for index, lacks in earlier.items()
+        }
+        found: list[tuple[str, ...]] = []
+        for state, following in itertools.zip_longest(new, new[1:]):
+            lacks: tuple[str, ...] = ()
+            if state.repeats is not None:
+                lacks = earlier.get(state.repeats, ())
+            elif following is None or not following.follows(state):
+                content = self._contents[state.step]
+                arrays = [name for name in trajectory.array_dtypes if name not in content.arrays]
+                numbers = [
+                    name
+                    for name in trajectory.scalars
+                    if before is not None
+                    and state.follows(before)
+                    and name not in content.numbers
+                    and not np.isnan(self._scalar(name, before)).all()
+                ]
+                # Some steps have no optimizer state.
+                lacks = (*arrays, *numbers) if numbers or {*arrays} - {*OPTIMIZER_STATES} else ()
+            found.append(lacks)
+            before = state
+        return found
+
+    def _commit(self, new: Sequence[NewState], lacking: Sequence[Sequence[str]], is_end: bool) -> None:
         trajectory = self._trajectory
         for state in new:
             self._require_unchanged(state)
         checksums: dict[str, list[list[int]]] = {name: [[] for _ in new] for name in trajectory.dtypes}
         self._extremes = np.full((len(new), 2, len(trajectory.layout.tensors)), np.nan)
         self._eigenvalues = np.full((len(new), len(METRIC_EIGENVALUES), len(trajectory.layout.tensors)), np.nan)
-        start, steps = trajectory.n_states, trajectory.chunk[0]
+        start, steps = trajectory.n_fixed, trajectory.chunk[0]
         position = 0
         while position < len(new):
             count = min(steps - (start + position) % steps, len(new) - position)
@@ -238,14 +297,20 @@ class Writer:
             checksums,
             [state.attempt for state in new],
             [state.step.run for state in new],
+            lacking,
+            provisional=is_end and bool(lacking[-1]),
         )
-        self.new_steps += sum(state.repeats is None for state in new)
+        self.new_steps += sum(state.repeats is None and not state.again for state in new)
+        self.completed_steps += sum(
+            state.again and self._lacked[state.step.run, state.step.number] != tuple(lacks)
+            for state, lacks in zip(new, lacking, strict=True)
+        )
 
     def _scalar(self, name: str, state: NewState) -> float | Sequence[float]:
         if state.repeats is not None:
             value: float | Sequence[float] = self._trajectory.scalar(name)[state.repeats].tolist()
             return value
-        return scalar_of(self._contents[state.step], name)
+        return scalar_of(self._contents[state.step], name, self._trajectory.replicates)
 
     def _table(self, name: str, state: NewState, position: int) -> NDArray[np.float64]:
         if state.repeats is not None:

@@ -245,7 +245,9 @@ def _warnings(run: figures.RunResults, status: NDArray[Any]) -> list[str]:
     updates = len(status)
     if not updates:
         return ["The run has no update: an update requires two logged states."]
-    found = run.objective.warnings()
+    unfinished = str(run.attributes.get("unfinished", ""))
+    found = [unfinished[:1].upper() + unfinished[1:] + "."] if unfinished else []
+    found += run.objective.warnings()
     explained = len(found)
     for member, meaning in STATUS_MEANING.items():
         missing = status == member

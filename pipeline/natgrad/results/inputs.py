@@ -88,6 +88,8 @@ class UpdateTable:
         Coefficient lambda of decoupled weight decay, if it is requested or known and not 0; NaN where not known.
     evaluation : str
         What the loss and the gradient of a step are evaluated on; see `natgrad.schema.names.EVALUATIONS`.
+    gradient_logged : bool array, shape (updates, 2), optional
+        False if the state before, or after, the update has no gradient. Default: all have one.
     """
 
     gram: Array
@@ -108,6 +110,7 @@ class UpdateTable:
     tensor_learning_rate: Array | None = None
     weight_decay: Array | None = None
     evaluation: str = "unknown"
+    gradient_logged: NDArray[np.bool_] | None = None
 
     def has(self, names: Iterable[str]) -> bool:
         """Return True if the table has all of the named vectors and columns."""
@@ -226,7 +229,12 @@ def update_table(
         )
     run = states.scalar(RUN)
     updates = updates[np.lexsort((steps[updates], run[updates]))]
+    # A run of a sweep whose last state was completed later has its last update twice; the later one is complete.
+    is_newest = np.append((np.diff(run[updates]) != 0) | (np.diff(steps[updates]) != 0), True)
+    updates = updates[is_newest]
     loss = states.scalar("loss")
+    logged = np.ones(len(attempts), bool)
+    logged[[state for state, names in states.lacking().items() if "gradient" in names]] = False
     rates, of_tensors = _learning_rates(states, updates, learning_rate)
     return updates, UpdateTable(
         gram=gram if len(updates) == len(gram) else gram[updates],
@@ -247,6 +255,7 @@ def update_table(
         tensor_learning_rate=of_tensors,
         weight_decay=_weight_decay(states, updates, steps[updates], ledger.layout, weight_decay),
         evaluation=evaluation,
+        gradient_logged=np.stack([logged[updates], logged[updates + 1]], axis=1),
     )
 
 

@@ -132,18 +132,26 @@ def _uncorrected(table: UpdateTable, estimate: GradientEstimate) -> tuple[Aggreg
         of_tensors = geometry.pair(gram, vectors, own_rate, sizes, half=half)
     displacement_floor = geometry.displacement_floor(norm("parameter"), norm("displacement"), roundoff, underflow)
     gradient_floor = _rounding_error(norm("gradient"), sizes, table.dtypes["gradient"])
-    finite = is_finite("displacement") & is_finite("gradient")
+    # A gradient that was not logged is NaN as well.
+    own_logged, next_logged = np.ones((2, len(gram), 1), bool)
+    if table.gradient_logged is not None:
+        own_logged, next_logged = np.split(table.gradient_logged, 2, axis=1)
+    finite = is_finite("displacement") & (is_finite("gradient") | ~own_logged)
+    known = np.broadcast_to(own_logged & logged, finite.shape)
     if half is not None and logged:
         # The norm of the other gradient is at most the sum of the norms of this one and of their difference.
         stored = _rounding_error(norm(half), sizes, table.dtypes[half if half == HVP else "gradient"]) / 2.0
         gradient_floor = gradient_floor + stored + geometry.across_floor(gram, vectors, half, of_tensors)
-        finite &= is_finite(half)
+        if half == HVP:
+            finite &= is_finite(half)
+        else:
+            known, finite = known & next_logged, finite & (is_finite(half) | ~(own_logged & next_logged))
     tensors = Aggregation(
         (STEP, TENSOR),
         np.broadcast_to(own_rate, finite.shape),
         of_tensors,
         finite,
-        np.full(finite.shape, logged),
+        known,
         displacement_floor / own_rate,
         gradient_floor,
         norm("gradient") if half is None else None,
@@ -154,7 +162,7 @@ def _uncorrected(table: UpdateTable, estimate: GradientEstimate) -> tuple[Aggreg
         rate[:, 0],
         of_model,
         np.asarray(finite.all(axis=1)),
-        np.full(len(finite), logged),
+        np.asarray(known.all(axis=1)),
         _norm(displacement_floor / rate, axis=1),
         _norm(gradient_floor, axis=1),
         _norm(norm("gradient"), axis=1) if half is None else None,

@@ -24,6 +24,7 @@ __all__ = [
     "TrajectoryShape",
     "chunk_capacity",
     "chunk_shape",
+    "missing_word",
     "promote",
     "storage_dtype",
     "underflow_error",
@@ -33,7 +34,7 @@ __all__ = [
 
 MEBIBYTE = 1 << 20
 
-LAYOUT_VERSION = 5
+LAYOUT_VERSION = 6
 """Layout version of ``trajectory.zarr``, ``ledger.zarr`` and ``results.zarr``. Other versions are rejected."""
 
 STORAGE_DTYPES: dict[str, int] = {"bfloat16": 8, "float16": 11, "float32": 24, "float64": 53}
@@ -41,6 +42,10 @@ STORAGE_DTYPES: dict[str, int] = {"bfloat16": 8, "float16": 11, "float32": 24, "
 
 _LEAST_EXPONENTS = {"bfloat16": -126, "float16": -14, "float32": -126, "float64": -1022}
 """Exponent of the smallest normal number of each dtype."""
+
+
+_BFLOAT16_NAN = 0x7FC0
+"""Bits of NaN in bfloat16."""
 
 
 def unit_roundoff(dtype: str) -> float:
@@ -179,6 +184,11 @@ class Layout:
 def storage_dtype(dtype: str) -> np.dtype[Any]:
     """Return the dtype of stored words: uint16 for bfloat16, and otherwise the dtype itself, little-endian."""
     return np.dtype("<u2") if dtype == "bfloat16" else np.dtype(dtype).newbyteorder("<")
+
+
+def missing_word(dtype: str) -> np.generic:
+    """Return the stored word of an element that was not logged: NaN."""
+    return np.uint16(_BFLOAT16_NAN) if dtype == "bfloat16" else storage_dtype(dtype).type(np.nan)
 
 
 def widened(words: NDArray[Any], dtype: str) -> NDArray[Any]:

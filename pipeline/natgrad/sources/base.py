@@ -11,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from numpy.typing import NDArray
 
+from natgrad.schema.errors import InputError
 from natgrad.schema.names import REPLICATE_LOSS, REPLICATE_PARAMETER
 from natgrad.sources.optimizers.state import OptimizerState
 from natgrad.sources.steps import LoggedStep, LoggedTensor
@@ -91,6 +92,9 @@ class StepContent:
         Question about the states that the gradients belong to, if the format leaves it open.
     aliases : mapping
         Other names of parameters, under which another log may contain their gradients, to the names of parameters.
+    absent : mapping
+        Quantities whose key the user specified, but which the step does not have, to the error for this. Only the
+        last step of a run may lack them.
     """
 
     arrays: Mapping[str, Mapping[str, LoggedTensor]]
@@ -105,6 +109,7 @@ class StepContent:
     differences: tuple[Difference, ...] = ()
     alignment: str = ""
     aliases: Mapping[str, str] = field(default_factory=dict)
+    absent: Mapping[str, InputError] = field(default_factory=dict)
 
     @property
     def replicates(self) -> int:

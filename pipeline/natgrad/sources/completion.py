@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from natgrad.schema.errors import InputError
@@ -11,31 +11,61 @@ from natgrad.schema.names import REPLICATE_LOSS, REPLICATE_PARAMETER, REPLICATE_
 from natgrad.sources.base import StepContent
 from natgrad.sources.steps import LoggedStep, LoggedTensor, where
 
-__all__ = ["complete"]
+__all__ = ["complete", "not_at_every_step"]
 
 _NAMES_LIMIT = 24
 """Maximum number of tensor names in a note."""
 
 
-def complete(step: LoggedStep, content: StepContent, *, optimizer: bool = False) -> StepContent:
+def complete(
+    step: LoggedStep,
+    content: StepContent,
+    *,
+    optimizer: bool = False,
+    tensors: Collection[str] | None = None,
+    is_last: bool = False,
+) -> StepContent:
     """Return the part of a step that can be processed: parameters and gradients of the same tensors, in one order.
 
     Tensors are sorted by name, with numbers in names compared by value, because no other order is the same in all
     formats. Tensors that share memory are counted once. Tensors of a full model that have no gradient are omitted,
     with a note. If the optimizer is requested, its arrays are included for the tensors that have a state.
 
+    Parameters
+    ----------
+    step : LoggedStep
+    content : StepContent
+    optimizer : bool
+        Include the state of the optimizer.
+    tensors : collection of str, optional
+        Trained tensors of the run, if other steps were described before.
+    is_last : bool
+        It is the last step of the run, which may then lack everything except parameters.
+
     Raises
     ------
     InputError
-        If parameters or gradients are missing, or the names or shapes of parameters, gradients or replicates
-        differ, or if the optimizer is requested and its entries cannot be assigned to tensors.
+        If parameters, gradients, or a quantity whose key the user specified are missing, or the names or shapes of
+        parameters, gradients or replicates differ, or if the optimizer is requested and its entries cannot be
+        assigned to tensors.
     """
-    arrays = {array: dict(tensors) for array, tensors in content.arrays.items()}
-    for array in STATES[:2]:
+    arrays = {array: dict(logged) for array, logged in content.arrays.items()}
+    may_lack = is_last and tensors is not None
+    for quantity, error in content.absent.items():
+        if not may_lack or quantity == STATES[0]:
+            raise error
+    if may_lack and tensors is not None and arrays.get(STATES[0]) and not arrays.get(STATES[1]):
+        # Without gradients, the trained tensors and those that share memory are known only from other steps.
+        arrays = {array: {t: logged[t] for t in tensors if t in logged} for array, logged in arrays.items()}
+        arrays = {array: logged for array, logged in arrays.items() if logged}
+        content = replace(content, ties={}, untrained=False)
+    for array in STATES[: 1 if may_lack else 2]:
         if not arrays.get(array):
+            if tensors is not None and array != STATES[0]:
+                raise not_at_every_step(step, array, next(iter(tensors), ""))
             raise InputError(
                 f"there are no {array}s in this step",
-                where=where(step),
+                where=where(step, array, next(iter(arrays.get(STATES[0], ())), "")),
                 why="; ".join(
                     (
                         f"found {sorted(content.unused)[:6] or 'nothing else'}",
@@ -51,8 +81,8 @@ def complete(step: LoggedStep, content: StepContent, *, optimizer: bool = False)
         # Trainers log the gradient of shared memory once; keep the name that they use for it.
         dropped = target if tensor in arrays["gradient"] and target not in arrays["gradient"] else tensor
         if tensor in arrays["parameter"] and target in arrays["parameter"]:
-            for tensors in arrays.values():
-                tensors.pop(dropped, None)
+            for named in arrays.values():
+                named.pop(dropped, None)
             remaining = tensor if dropped == target else target
             notes.append(f"{dropped!r} and {remaining!r} share memory: they are counted once, as {remaining!r}")
     if content.untrained:
@@ -113,6 +143,16 @@ def complete(step: LoggedStep, content: StepContent, *, optimizer: bool = False)
                 f"{missing[0]!r}"
             )
     return replace(content, arrays=selected, notes=tuple(notes), optimizer=state)
+
+
+def not_at_every_step(step: LoggedStep, array: str, tensor: str) -> InputError:
+    """Return the error for a step that lacks an array that other steps have; ``tensor`` is one of its tensors."""
+    return InputError(
+        f"{array} is not logged at every step",
+        where=where(step, array, tensor),
+        why="only the last state of a run may lack it",
+        remedy=f"log {array} at every step or at no step",
+    )
 
 
 def _by_number(name: str) -> list[tuple[int, str]]:

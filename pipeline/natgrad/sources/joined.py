@@ -54,6 +54,7 @@ class _Part:
             differences=tuple(entry for entry in content.differences if entry.quantity in self.quantities),
             alignment=content.alignment if "gradient" in self.quantities - self.declared else "",
             replicate_loss=content.replicate_loss if REPLICATE_LOSS in self.quantities else (),
+            absent={name: error for name, error in content.absent.items() if name in self.quantities},
         )
 
     def _optimizer(self, optimizer: OptimizerState | None) -> OptimizerState | None:
@@ -71,8 +72,9 @@ class JoinedSource:
     Parameters
     ----------
     sources : sequence of Source
-        Every source that contains tensors must have a step; other steps are omitted, with a warning. Logs of
-        scalars do not restrict the steps: a step that they lack has no value of the scalar.
+        Every source that contains tensors must have a step; other steps are omitted, with a warning. After the last
+        of these steps, one more is included if the sources of parameters have it. Logs of scalars do not restrict
+        the steps: a step that they lack has no value of the scalar.
     shifts : sequence of mapping, optional
         For each source, quantities to the number added to the step at which they are logged. The user declares
         with 0 that a quantity is logged with its step. A `ScalarLog` applies its shifts itself.
@@ -94,6 +96,7 @@ class JoinedSource:
         listed = [(part, part.numbered(steps_of_source[id(part.source)])) for part in self._parts]
         tensors = [steps for part, steps in listed if part.restricts]
         common = {number for number in tensors[0] if number >= 0}.intersection(*tensors[1:])
+        common |= self._last_state(common, [(part, steps) for part, steps in listed if part.restricts])
         for part, steps in listed:
             alone = sorted(set(steps) - common) if part.restricts else []
             if alone:
@@ -131,6 +134,23 @@ class JoinedSource:
         }
         return [_joined(number, steps) for number, steps in self._steps.items()]
 
+    @staticmethod
+    def _last_state(common: set[int], parts: Sequence[tuple[_Part, dict[int, LoggedStep]]]) -> set[int]:
+        """Return the state to which the last update of the common steps leads, if only gradients lack it."""
+        later = {number for _, steps in parts for number in steps if common and number > max(common)}
+        if not later or all(later <= steps.keys() for _, steps in parts):
+            return set()
+        of_parameters = []
+        for part, steps in parts:
+            own = steps[max(common)]
+            try:
+                with part.source.open(own) as reader:
+                    if STATES[0] in part.select(reader.content()).arrays:
+                        of_parameters.append(steps)
+            except InputError:  # the step is read again later, and then the error is reported
+                return set()
+        return {min(later)} if of_parameters and all(min(later) in steps for steps in of_parameters) else set()
+
     @contextmanager
     def open(self, step: LoggedStep) -> Iterator[StepReader]:
         """Open a step in all sources; see `natgrad.sources.base.Source`."""
@@ -163,9 +183,14 @@ def _joined(number: int, parts: Sequence[tuple[_Part, LoggedStep]]) -> LoggedSte
 
 
 def _pending_steps(log: ScalarLog, steps: Mapping[int, LoggedStep], common: set[int]) -> set[int]:
-    """Return the steps that a log of scalars does not have yet. Warn if it has no step of the run."""
+    """Return the steps that a log of scalars does not have yet. Warn if it has no step of the run.
+
+    The step after the last one that it has is not pending: the last update leads to it.
+    """
     last = max(steps, default=-1)
     pending = {number for number in common if number > last} if log.growing() else set()
+    if pending and last in common:
+        pending -= {min(pending)}
     if pending:
         _log.warning(
             "%d steps are left for the next pass because %s is still being written and does not have them yet; "
@@ -234,6 +259,7 @@ class _JoinedStep:
             differences,
             next((content.alignment for content in contents if content.alignment), ""),
             {alias: name for content in contents for alias, name in content.aliases.items()},
+            {name: error for content in contents for name, error in content.absent.items()},
         )
 
     def _with_rates(

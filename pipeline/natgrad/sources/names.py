@@ -341,6 +341,7 @@ class NamedStep:
         self._container, self._names = container, names
         self._keys: dict[str, Mapping[str, str]] | None = None
         self._full_model = names.model
+        self._absent: dict[str, InputError] = {}
 
     def __enter__(self) -> NamedStep:
         return self
@@ -367,8 +368,7 @@ class NamedStep:
         Raises
         ------
         InputError
-            If a key that the user specified does not exist, a tensor does not have a float dtype, or the file
-            contains another step number.
+            If a tensor does not have a float dtype, or the file contains another step number.
         """
         step, tensors = self._container.step, self._container.tensors
         notes = [f"{key} was not read: {why}" for key, why in self._container.unread.items()]
@@ -386,7 +386,7 @@ class NamedStep:
             elif values:
                 ambiguous[quantity] = f"different values {sorted(set(values))} at {', '.join(keys)}"
             elif quantity in self._names.required:
-                raise self._missing(quantity)
+                self._absent[quantity] = self._missing(quantity)
             elif (text := self._text(quantity)) is not None:
                 notes.append(f"{quantity} is not used: its value {text} is not a number")
             value = scalars.get(quantity, math.nan)
@@ -443,6 +443,7 @@ class NamedStep:
             differences=tuple(difference for difference in differences if difference.matters),
             alignment=self._alignment(arrays, scalars),
             aliases=aliases,
+            absent=self._absent,
         )
 
     def read(self, array: str, tensor: str, start: int, out: NDArray[Any]) -> None:
@@ -569,7 +570,7 @@ class NamedStep:
         key = next((key for key in self._names.keys.get(REPLICATE_LOSS, ()) if key in tensors), None)
         if key is None:
             if REPLICATE_LOSS in self._names.required:
-                raise self._missing(REPLICATE_LOSS)
+                self._absent[REPLICATE_LOSS] = self._missing(REPLICATE_LOSS)
             return ()
         used.add(key)
         one_dimension = len(tensors[key].shape) == 1 and tensors[key].shape[0] <= _REPLICATES_LIMIT
@@ -604,7 +605,7 @@ class NamedStep:
             else:
                 self._require_read(array, lost)
                 if array in self._names.required:
-                    raise self._missing(array)
+                    self._absent[array] = self._missing(array)
         if self._names.required.intersection(rooted):
             rooted = [array for array in rooted if array in self._names.required]
         elif found and not self._names.model:

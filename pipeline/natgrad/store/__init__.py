@@ -1,8 +1,8 @@
 """Store trajectories and Gram ledgers in Zarr v3.
 
 **Commit rule.** Chunks are written and flushed first. Then one record makes the chunks of all arrays visible
-together. The record is written atomically and never replaces another one. Readers rely on the recorded states and
-updates, not on the shapes of arrays.
+together. The record is written atomically and never replaces another one, except that of a provisional state.
+Readers rely on the recorded states and updates, not on the shapes of arrays.
 """
 
 from natgrad.schema.layout import storage_dtype

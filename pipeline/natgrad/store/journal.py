@@ -29,6 +29,9 @@ _log = logger(__name__)
 _VERIFICATION = "verified"
 """Name of the record of times. It is not a commit record: records of equal data stay equal."""
 
+_PROVISIONAL = "provisional"
+"""Name of the record of a provisional state, which the next commit replaces."""
+
 _SEAL = '{"crc32c":"%08x",'
 _SEAL_BYTES = len(_SEAL % 0)
 
@@ -167,6 +170,24 @@ class Journal:
         except InputError as error:
             _log.warning("%s (%s): the time of the last verification is not known", error.what, error.where)
             return {}
+
+    def read_provisional(self) -> dict[str, Any]:
+        """Return the record of a provisional state; an empty one if there is none."""
+        if not self.has(_PROVISIONAL):
+            return {}
+        try:
+            return self.read(_PROVISIONAL)
+        except InputError:
+            if not self.has(_PROVISIONAL):  # the state was completed in the meantime
+                return {}
+            raise
+
+    def write_provisional(self, record: Mapping[str, Any]) -> None:
+        """Add or replace the record of a provisional state; remove it if the new one is empty."""
+        if record:
+            self.write(_PROVISIONAL, record)
+        elif self.has(_PROVISIONAL):
+            self.remove(_PROVISIONAL)
 
     def clear(self) -> None:
         """Remove incomplete records that a killed writer left."""

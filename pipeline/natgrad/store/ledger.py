@@ -357,6 +357,43 @@ class Ledger:
                 return [LedgerChunk(record["start"], record["stop"])]
         return []
 
+    def settle(self, chunk: LedgerChunk, digest: str) -> None:
+        """Record the digest of the states of a ledger chunk without its last update, which will change.
+
+        The state after this update is provisional. When it is completed, `shorten` keeps the other updates.
+        """
+        name = f"{chunk.start:012d}"
+        if self.journal.has(name):
+            self.journal.write(name, self.journal.read(name) | {"settled": digest})
+
+    def settled(self) -> list[LedgerChunk]:
+        """Return the ledger chunks whose last update will change, with and without this update."""
+        chunks = [_chunk_of(record) for record in self.records() if "settled" in record]
+        return [*chunks, *map(_without_last, chunks)]
+
+    def shorten(self, digests: Mapping[LedgerChunk, str]) -> None:
+        """Remove the last update from the records of `settled` ledger chunks if only its states have changed.
+
+        Parameters
+        ----------
+        digests : mapping
+            Each chunk of `settled` to the digest of its states.
+        """
+        for record in (record for record in self.records() if "settled" in record):
+            chunk, digest = _chunk_of(record), record["settled"]
+            shorter = _without_last(chunk)
+            if digests[chunk] == record["digest"] or digests[shorter] != digest:
+                continue
+            covered, times = record["checksum_rows"], self.verification([record])
+            shortened: dict[str, Any] = {"start": chunk.start, "stop": shorter.stop, "digest": digest}
+            shortened["checksums"] = {
+                name: checksums(values[:-1], covered[name]) for name, values in self._recorded(record).items()
+            }
+            others = [other for other in self.records() if other["start"] != chunk.start]
+            all_times = self.verification(others) | times
+            self.journal.write(f"{chunk.start:012d}", shortened | {"checksum_rows": covered})
+            self.record_verification(all_times, [*others, shortened])
+
     def _recorded(self, record: Mapping[str, Any]) -> dict[str, NDArray[np.float64]]:
         """Read the updates of a record; raise InputError if they do not match their checksums."""
         return {name: self._verified(record, name) for name in self.products}
@@ -511,6 +548,10 @@ class Ledger:
         if _checksum(values) != self._numbers[name]:
             raise damage_error(chunk_entry(self.storage / name, 0), "checksum mismatch", ANALYZE_AGAIN, name)
         return values
+
+
+def _without_last(chunk: LedgerChunk) -> LedgerChunk:
+    return LedgerChunk(chunk.start, chunk.stop - 1)
 
 
 def _chunk_of(record: Mapping[str, Any]) -> LedgerChunk:

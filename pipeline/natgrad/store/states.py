@@ -6,12 +6,18 @@ are read are compared with their checksums, because a disk, a storage or a codec
 error. So are the committed states of a chunk before others are appended to it, because a write would otherwise
 replace a lost chunk by zeros.
 
+The last state may be *provisional*: the log does not contain all of it yet. It has its own record, which lists what
+it lacks, and which the next commit replaces. What it lacks is NaN for every reader, whatever its chunks contain:
+the bytes of the completed state are written there before the commit. All other bytes stay the same, so that a
+reader, and a writer that is killed, never see a part of a state.
+
 bfloat16 is stored as its bits in uint16, with the attribute ``ml_dtype``.
 """
 
 from __future__ import annotations
 
 import math
+import tempfile
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -23,7 +29,7 @@ from crc32c import crc32c
 from numpy.typing import NDArray
 
 from natgrad.schema.errors import InputError
-from natgrad.schema.layout import MEBIBYTE, Layout, storage_dtype
+from natgrad.schema.layout import MEBIBYTE, Layout, missing_word, storage_dtype
 from natgrad.schema.names import ELEMENT, REPLICATE, REPLICATE_STATES, STEP, of_replicate, replicate_of
 from natgrad.storage import Storage
 from natgrad.storage.local import ChunkFile
@@ -115,6 +121,16 @@ def state_arrays(
     return arrays
 
 
+class _MissingState:
+    """A file that contains a state of a chunk column that was not logged, for readers of files."""
+
+    def __init__(self, elements: int, dtype: str) -> None:
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115  # `close` closes it
+        self._file.write(np.full(elements, missing_word(dtype), storage_dtype(dtype)).tobytes())
+        self._file.flush()
+        self.descriptor, self.close = self._file.fileno(), self._file.close
+
+
 class States:
     """The committed states of a run, and the states that are written but not committed yet.
 
@@ -148,7 +164,9 @@ class States:
     journal : Journal
         The commit records.
     n_states : int
-        Number of committed states.
+        Number of committed states, including a provisional one.
+    n_fixed : int
+        Number of states that will not change: all except a provisional one.
     """
 
     def __init__(
@@ -177,13 +195,12 @@ class States:
         self._checksums: tuple[int, dict[str, NDArray[np.uint32]]] = (0, {})
         # The first state of a record never changes.
         self._record_start: Callable[[str], int] = cache(lambda number: int(self.journal.read(number)["start"]))
-        self._open: dict[tuple[str, int, int], ChunkFile] = {}
+        self._open: dict[tuple[str, int, int], ChunkFile | _MissingState] = {}
         self._read_ahead = 0
         self._writes = storage.writes()
         self._written: set[Storage] = set()
         self.journal = Journal(storage / "commits", INGEST_AGAIN)
-        self._newest: dict[str, Any] = {}
-        self.n_states = self._recorded()
+        self._load_records()
 
     def refresh(self) -> None:
         """Find the states that were committed since this object was opened or refreshed."""
@@ -192,17 +209,55 @@ class States:
             self.storage = storage
             self._array.cache_clear()
             self.journal = Journal(storage / "commits", INGEST_AGAIN)
-        self.n_states = self._recorded()
+        self._load_records()
 
-    def _recorded(self) -> int:
-        """Return the number of recorded states, from the newest record, which is kept."""
+    def _load_records(self) -> None:
+        """Find the number of recorded states, and keep the newest record and that of a provisional state."""
+        # A commit replaces the provisional state after its own record, so this order never misses both.
+        provisional = self.journal.read_provisional()
         names = self.journal.names()
-        self._newest = self.journal.read(names[-1]) if names else {"stop": 0}
-        return int(self._newest["stop"])
+        self._newest: dict[str, Any] = self.journal.read(names[-1]) if names else {"stop": 0}
+        self.n_fixed = int(self._newest["stop"])
+        self._provisional = provisional if provisional.get("start") == self.n_fixed else {}
+        self.n_states = self.n_fixed + bool(self._provisional)
+        self._checksums = (0, {})
+
+    @property
+    def provisional(self) -> tuple[str, ...]:
+        """Names of the arrays and numbers that the last state lacks, if it is provisional; otherwise empty."""
+        return tuple(self._provisional["lacking"][str(self.n_fixed)]) if self._provisional else ()
+
+    def lacking(self) -> dict[int, tuple[str, ...]]:
+        """Return what each incomplete state lacks: names of arrays and numbers, by state.
+
+        In addition to a provisional state, these are the last states of runs and attempts that ended without it.
+        """
+        parts = [record["lacking"] for record in self.each_record() if "lacking" in record]
+        return {int(state): tuple(names) for part in parts for state, names in part.items()}
 
     def records(self) -> list[dict[str, Any]]:
-        """Return the commit records, in order; see `natgrad.store.journal.Journal.read`."""
-        return [self.journal.read(name) for name in self.journal.names()]
+        """Return the records of the states, in order; see `natgrad.store.journal.Journal.read`."""
+        return list(self.each_record())
+
+    def each_record(self, first: int = 0) -> Iterator[dict[str, Any]]:
+        """Yield the records of the states, in order, one by one: those of a long run may not fit in memory.
+
+        Parameters
+        ----------
+        first : int
+            Omit earlier commits.
+        """
+        for name in self.journal.names()[first:]:
+            record = self.journal.read(name)
+            if record["start"] >= self.n_fixed:  # committed since the trajectory was opened
+                break
+            yield record
+        if self._provisional:
+            yield self._provisional
+
+    def _stored(self, name: str) -> int:
+        """Return the number of states whose elements of an array are stored; a provisional state may lack them."""
+        return self.n_fixed if replicate_of(name)[0] in self.provisional else self.n_states
 
     def replicates_of(self, array: str) -> tuple[str, ...]:
         """Return the names of the replicates of an array (step, replicate, element)."""
@@ -276,12 +331,18 @@ class States:
             If a state is not committed, or a chunk is missing or too short.
         """
         self._require_committed(name, start, stop)
-        steps = self.chunk[0]
-        indices = range(start // steps, -(-stop // steps))
+        steps, stored = self.chunk[0], max(start, min(stop, self._stored(name)))
+        indices = range(start // steps, -(-stored // steps) if start < stored else start // steps)
         files = [self._opened_chunk(name, index, column).descriptor for index in indices]
         offsets = np.arange(steps, dtype=np.int64) * (self._chunk_bytes[name] // steps)
-        requested = slice(start - indices.start * steps, stop - indices.start * steps)
-        return np.repeat(np.array(files, np.int32), steps)[requested], np.tile(offsets, len(files))[requested]
+        requested = slice(start - indices.start * steps, stored - indices.start * steps)
+        descriptors = np.repeat(np.array(files, np.int32), steps)[requested]
+        offsets = np.tile(offsets, len(files))[requested]
+        if stored == stop:
+            return descriptors, offsets
+        missing = self._open.get((name, -1, column)) or _MissingState(self.chunk[1], self.dtypes[name])
+        self._open[name, -1, column] = missing
+        return np.append(descriptors, np.int32(missing.descriptor)), np.append(offsets, np.int64(0))
 
     def read(
         self, name: str, start: int, stop: int, column: int, out: NDArray[Any], *, verified: bool = True
@@ -313,8 +374,10 @@ class States:
         read = (
             self._decode if self.is_compressed(name) else self._fetch if self._folder is None else self._read_file
         )
-        for index in range(start // steps, -(-stop // steps) if start < stop else 0):
-            low, high = max(start, index * steps), min(stop, (index + 1) * steps)
+        stored = min(stop, self._stored(name))
+        out[max(stored - start, 0) :] = missing_word(self.dtypes[name])
+        for index in range(start // steps, -(-stored // steps) if start < stored else 0):
+            low, high = max(start, index * steps), min(stored, (index + 1) * steps)
             states = out[low - start : high - start]
             read(name, index, column, low, states)
             if verified:
@@ -368,8 +431,9 @@ class States:
         return file
 
     def _opened_chunk(self, name: str, index: int, column: int, ahead: bool = True) -> ChunkFile:
-        if (name, index, column) in self._open:
-            return self._open[name, index, column]
+        known = self._open.get((name, index, column))
+        if isinstance(known, ChunkFile):
+            return known
         file = self._open[name, index, column] = self._chunk_file(name, index, column)
         if file.read_ahead() and ahead and column + 1 < self._read_ahead:
             self._opened_chunk(name, index, column + 1, ahead=False)
@@ -448,16 +512,14 @@ class States:
             return np.empty((0, self.columns), np.uint32)
         first, known = self._checksums
         if not (known and first <= start and stop <= first + len(known[name])):
-            numbers = self.journal.names()
-            begin = max(bisect_right(numbers, start, key=self._record_start) - 1, 0)
-            parts: list[dict[str, NDArray[np.uint32]]] = []
-            for number in numbers[begin:]:
-                record = self.journal.read(number)
+            begin = max(bisect_right(self.journal.names(), start, key=self._record_start) - 1, 0)
+            parts: list[dict[str, Any]] = []
+            for record in self.each_record(begin):
                 if parts and record["start"] >= stop:
                     break
-                parts.append(record["checksums"])
-            first = self._record_start(numbers[begin])
-            known = {each: np.concatenate([part[each] for part in parts]) for each in self.dtypes}
+                parts.append(record)
+            first = int(parts[0]["start"])
+            known = {each: np.concatenate([part["checksums"][each] for part in parts]) for each in self.dtypes}
             self._checksums = first, known
         return known[name][start - first : stop - first]
 
@@ -470,17 +532,17 @@ class States:
         ----------
         name : str
         start : int
-            First state, which must not be committed yet.
+            First state, which must not be committed yet, or be provisional.
         column : int
             Chunk column.
         block : contiguous array, shape (states, chunk elements), of `storage_dtype`
             Elements beyond the last element of the model are padding.
         """
-        if start < self.n_states:
+        if start < self.n_fixed:
             raise ValueError(f"state {start} of {name} is committed and cannot be written again")
         stop, steps = start + len(block), self.chunk[0]
         indices = range(start // steps, -(-stop // steps))
-        if self.n_states > indices.start * steps:
+        if self.n_fixed > indices.start * steps:
             self._require_intact(name, indices.start, column)
         if self.is_compressed(name):
             first, last = self.column(column)
@@ -501,8 +563,8 @@ class States:
     def _require_intact(self, name: str, index: int, column: int) -> None:
         """Raise an error if the committed states of a chunk do not match their checksums."""
         start = index * self.chunk[0]
-        states = np.empty((self.n_states - start, self.chunk[1]), storage_dtype(self.dtypes[name]))
-        self.read(name, start, self.n_states, column, states)
+        states = np.empty((self.n_fixed - start, self.chunk[1]), storage_dtype(self.dtypes[name]))
+        self.read(name, start, self.n_fixed, column, states)
 
     def abandon(self) -> None:
         """Cancel uncommitted writes. On return, no write is running."""

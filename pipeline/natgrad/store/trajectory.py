@@ -16,6 +16,10 @@ are the states before and after an update if they belong to the same run and the
 
 Data beyond the recorded states come from an interrupted write; the next writer overwrites them. The shape of an
 array never exceeds the recorded states, because it grows after the commit.
+
+The last state may lack what the log does not contain yet, such as its gradient. It is then provisional
+(`natgrad.store.states`): its own record, ``commits/provisional.json``, also has its numbers, and the next commit
+replaces it. A state that still lacks something when others follow it (the last of a run or attempt) keeps NaN.
 """
 
 from __future__ import annotations
@@ -69,8 +73,6 @@ __all__ = ["Trajectory"]
 
 _log = logger(__name__)
 
-"""Record of the last verification of all states."""
-
 _TABLE_CHUNK = 1 << 16
 """Approximate number of values in a chunk of an array (step, tensor)."""
 
@@ -118,10 +120,11 @@ class Trajectory(States):
         self.tables: tuple[str, ...] = tuple(attributes["tables"])
         self.read_options: dict[str, Any] | None = attributes.get("read_options")
         self._numbered = (STEP, ATTEMPT, RUN) if self.sweep else (STEP, ATTEMPT)
-        self._runs: tuple[str, ...] = ()
+        self._fixed_runs: tuple[str, ...] = ()
         self._spans: NDArray[np.int64] | None = None
         self._breaks: NDArray[np.int64] = np.empty(0, np.int64)
         self._read: dict[str, tuple[NDArray[Any], int]] = {}
+        self._visible: dict[str, NDArray[Any]] = {}
         dtypes: dict[str, str] = attributes["dtypes"]
         # The shapes are read before the records, because a writer extends them after its record.
         documents = read_documents(storage, "trajectory", (*dtypes, *self.numbers), attributes["arrays"])
@@ -143,9 +146,12 @@ class Trajectory(States):
         gap = next(index for index, name in enumerate([*names, ""]) if name != expected[index])
         longer = [name for name, length in lengths.items() if length > self.n_states]
         if gap < len(names) or len(longer) == len(lengths):
+            found = self.journal.folder / f"{expected[gap]}.json"
+            # The record of a provisional state may be the missing one.
+            one = gap == len(names) and {*lengths.values()} == {self.n_fixed + 1}
             raise InputError(
                 "a commit record is missing",
-                where=str(self.journal.folder / f"{expected[gap]}.json"),
+                where=f"{found} or provisional.json" if one else str(found),
                 why="it was removed, or the disk failed: later states were committed",
                 remedy=INGEST_AGAIN,
             )
@@ -292,9 +298,21 @@ class Trajectory(States):
             "elements": self.layout.elements,
             "dtypes": self.array_dtypes,
             **({"replicates": self.replicates} if self.replicates else {}),
+            **({"last_step_lacks": list(self.provisional)} if self.provisional else {}),
             **{name: value for name, value in (self.read_options or {}).items() if value and name != "several"},
             "tensors": {tensor.name: list(tensor.shape) for tensor in self.layout.tensors},
         }
+
+    @property
+    def unfinished(self) -> str:
+        """Sentence for users that names what a provisional last state lacks; empty if it is complete."""
+        if not self.provisional:
+            return ""
+        lacks = ", ".join(self.provisional)
+        return (
+            f"step {self.scalar(STEP)[-1]}, the last, has no {lacks} yet: results of the last update that need it "
+            "are NaN until a longer log is ingested"
+        )
 
     def _repr_html_(self) -> str:
         """Return the table that a notebook shows."""
@@ -327,14 +345,26 @@ class Trajectory(States):
             if name in OPTIMIZER_NUMBERS or name == REPLICATE_LOSS:
                 shape = (self.n_states, self.replicates if name == REPLICATE_LOSS else len(self.layout.tensors))
             return np.zeros(shape, np.int64) if name in (ATTEMPT, RUN) else np.full(shape, np.nan)
-        return self._verified_numbers(name)[0]
+        if name not in self._visible:
+            values, _ = self._verified_numbers(name)
+            if self._provisional:
+                # Chunks may already contain the numbers of the completed state.
+                last = np.asarray(self._provisional["numbers"][name], values.dtype)
+                values = np.concatenate([values, last.reshape(1, *values.shape[1:])])
+                values.flags.writeable = False
+            self._visible[name] = values
+        return self._visible[name]
+
+    def _load_records(self) -> None:
+        super()._load_records()
+        self._visible, self._spans = {}, None
 
     def _verified_numbers(self, name: str) -> tuple[NDArray[Any], int]:
-        """Return the numbers of all committed states, and their checksum. Only those of new states are read."""
+        """Return the numbers of all fixed states, and their checksum. Only those of new states are read."""
         known, found = self._read.get(name) or self._empty(name)
-        if len(known) == self.n_states:
+        if len(known) == self.n_fixed:
             return known, found
-        values = np.concatenate([known, *self._read_numbers(name, len(known))])[: self.n_states]
+        values = np.concatenate([known, *self._read_numbers(name, len(known))])[: self.n_fixed]
         found = crc32c(values[len(known) :].data.cast("B"), found)
         if found != self._newest["scalars"][name]:
             raise self._damaged_number(name, values)
@@ -343,15 +373,15 @@ class Trajectory(States):
         return values, found
 
     def read_numbers(self, name: str) -> NDArray[Any]:
-        """Read the numbers of all committed states without comparing them with their checksums; see `scalar`."""
+        """Read the numbers of all fixed states without comparing them with their checksums; see `scalar`."""
         empty, _ = self._empty(name)
-        return np.concatenate([empty, *self._read_numbers(name, 0)])[: self.n_states]
+        return np.concatenate([empty, *self._read_numbers(name, 0)])[: self.n_fixed]
 
     def _read_numbers(self, name: str, start: int) -> list[NDArray[Any]]:
-        """Read the numbers of the states from ``start`` to the end of the last chunk."""
+        """Read the numbers of the fixed states from ``start`` to the end of the last chunk."""
         array = self._number_arrays[name]
         rows, other_axes = array.chunks[0], [0] * (len(array.shape) - 1)
-        indices = [(index, *other_axes) for index in range(start // rows, -(-self.n_states // rows))]
+        indices = [(index, *other_axes) for index in range(start // rows, -(-self.n_fixed // rows))]
         found = read_complete_chunks(self.storage / name, indices, array.chunks, array.dtype, INGEST_AGAIN)
         # The first chunk also contains earlier states.
         return [chunk[0 if position else start % rows :] for position, chunk in enumerate(found)]
@@ -363,7 +393,7 @@ class Trajectory(States):
 
     def _damaged_number(self, name: str, values: NDArray[Any]) -> InputError:
         """Return the error for numbers that do not match their checksum; it names the first chunk that differs."""
-        start, stop = next(self.damaged_numbers(name, values, self.records()), (0, self.n_states))
+        start, stop = next(self.damaged_numbers(name, values, self.each_record()), (0, self.n_fixed))
         array = self._number_arrays[name]
         chunk = chunk_entry(self.storage / name, start // array.chunks[0], *(0 for _ in array.shape[1:]))
         part = super().named(start, stop) if name == STEP else self.named(start, stop)
@@ -380,13 +410,15 @@ class Trajectory(States):
         values : array
             From `read_numbers`.
         records : iterable of mapping
-            Records of the commits, in order. A commit is not compared if the record before it is not given.
+            Records of the commits, in order. A commit is not compared if the record before it is not given. That of
+            a provisional state is omitted: it contains its numbers.
         """
         reached = before = 0
         for record in records:
-            start, stop, expected = record["start"], record["stop"], record["scalars"][name]
-            if stop > self.n_states:  # committed since the trajectory was opened
+            start, stop = record["start"], record["stop"]
+            if stop > self.n_fixed:  # committed since the trajectory was opened
                 return
+            expected = record["scalars"][name]
             if start == reached and crc32c(values[start:stop].data.cast("B"), before) != expected:
                 yield start, stop
             reached, before = stop, expected
@@ -404,9 +436,14 @@ class Trajectory(States):
         """Names of the runs of a sweep, in the order of their first commits; one empty name for a single run."""
         if not self.sweep:
             return ("",)
-        if len(self._runs) <= int(self.scalar(RUN).max(initial=-1)):
-            self._runs = tuple(name for record in self.records() for name in record.get("runs", ()))
-        return self._runs
+        return (*self._named_runs(), *self._provisional.get("runs", ()))
+
+    def _named_runs(self) -> tuple[str, ...]:
+        """Return the names of the runs of a sweep that have a fixed state."""
+        if len(self._fixed_runs) <= int(self._verified_numbers(RUN)[0].max(initial=-1)):
+            fixed = (record for record in self.each_record() if record["stop"] <= self.n_fixed)
+            self._fixed_runs = tuple(name for record in fixed for name in record.get("runs", ()))
+        return self._fixed_runs
 
     @property
     def step_span(self) -> int:
@@ -473,7 +510,7 @@ class Trajectory(States):
 
     def sources(self) -> list[dict[str, Any]]:
         """Return the identity of the source of each state."""
-        return [source for record in self.records() for source in sources_of(record)]
+        return [source for record in self.each_record() for source in sources_of(record)]
 
     def replace_sources(self, sources: Mapping[int, Mapping[str, Any]]) -> None:
         """Replace the identities of the sources of committed states, whose contents are the same.
@@ -495,12 +532,20 @@ class Trajectory(States):
 
     def record_verification(self, time: str) -> None:
         """Record that all committed states match their checksums; see `natgrad.schema.times.now`."""
-        self.journal.write_verification({"states": self.n_states, "time": time})
+        described = {"states": self.n_states, "fixed": self.n_fixed, "provisional": self._provisional_seal}
+        self.journal.write_verification({**described, "time": time})
 
     def verification(self) -> tuple[int, str]:
         """Return how many states, from the first on, were verified together, and when; (0, "") if none were."""
         record = self.journal.read_verification()
-        return record.get("states", 0), record.get("time", "")
+        # A state that was provisional then may have been written again since.
+        same = record.get("provisional") == self._provisional_seal
+        return record.get("states" if same else "fixed", 0), record.get("time", "")
+
+    @property
+    def _provisional_seal(self) -> str | None:
+        """Checksum of the record of the provisional state, None if there is none."""
+        return self._provisional.get("crc32c")
 
     # Commits ------------------------------------------------------------------------------------------------
 
@@ -512,8 +557,11 @@ class Trajectory(States):
         checksums: Mapping[str, Sequence[Sequence[int]]],
         attempts: Sequence[int] | None = None,
         runs: Sequence[str] = (),
+        lacking: Sequence[Sequence[str]] = (),
+        *,
+        provisional: bool = False,
     ) -> None:
-        """Make written states visible in all arrays together.
+        """Make written states visible in all arrays together. They replace a provisional state.
 
         Parameters
         ----------
@@ -530,31 +578,53 @@ class Trajectory(States):
             Attempt of each state, 0 by default.
         runs : sequence of str, length n
             Name of the run of each state, for a sweep.
+        lacking : sequence of sequence of str, length n, optional
+            Names of the arrays and numbers that each state lacks; their values are NaN. Default: none.
+        provisional : bool
+            The last of these states is provisional, because of what it lacks.
         """
-        start, stop = self.n_states, self.n_states + len(steps)
-        known = dict(zip(self.runs, range(len(self.runs)), strict=True)) if self.sweep else {}
+        start, stop = self.n_fixed, self.n_fixed + len(steps)
+        fixed = stop - provisional
+        known = {name: index for index, name in enumerate(self._named_runs())} if self.sweep else {}
+        named = len(known)
         numbers = {STEP: steps, ATTEMPT: attempts or [0] * len(steps)}
         if self.sweep:
-            numbers[RUN] = [known.setdefault(name, len(known)) for name in runs]
+            for name in runs:
+                known.setdefault(name, len(known))
+            numbers[RUN] = [known[name] for name in runs]
         chunks: dict[str, bytes | memoryview] = {}
         sums: dict[str, int] = {}
+        last: dict[str, Any] = {}
         for name, values in {**numbers, **scalars}.items():
             array = self._number_arrays[name]
             new = np.asarray(values, dtype=array.dtype).reshape(len(steps), *array.shape[1:])
             before, found = self._verified_numbers(name)
             chunks |= number_chunks(array, name, before, new)
             # The checksum covers the numbers of all states, so that a reader needs one record to verify them.
-            sums[name] = crc32c(np.ascontiguousarray(new).data.cast("B"), found)
+            sums[name] = crc32c(np.ascontiguousarray(new[: fixed - start]).data.cast("B"), found)
+            last[name] = new[-1].tolist()
         for folder in {name.rpartition("/")[0] for name in chunks}:
             (self.storage / folder).clear_leftovers()
         self._writes.start(self.storage.put_entries, chunks)
         self._settle()
-        record = {"start": start, "stop": stop, "sources": list(sources), "checksums": dict(checksums)}
-        record["scalars"] = sums
-        if self.sweep:
-            record["runs"] = list(known)[len(self.runs) :]
-        self.journal.write(f"{len(self.journal.names()):08d}", record, new=True)
-        self.n_states, self._newest = stop, record
+
+        def record(first: int, end: int) -> dict[str, Any]:
+            described: dict[str, Any] = {"start": first, "stop": end}
+            described["sources"] = list(sources[first - start : end - start])
+            described["checksums"] = {name: found[first - start : end - start] for name, found in checksums.items()}
+            lacks = {str(start + state): list(names) for state, names in enumerate(lacking) if names}
+            lacks = {state: names for state, names in lacks.items() if first <= int(state) < end}
+            described |= {"lacking": lacks} if lacks else {}
+            if self.sweep:
+                before = named + len({*runs[: first - start]} - {*list(known)[:named]})
+                described["runs"] = [name for name in list(known)[before:] if name in runs[: end - start]]
+            return described
+
+        if fixed > start:
+            name = f"{len(self.journal.names()):08d}"
+            self.journal.write(name, record(start, fixed) | {"scalars": sums}, new=True)
+        self.journal.write_provisional(record(fixed, stop) | {"numbers": last} if provisional else {})
+        self._load_records()
         self.recover()
         self.storage.publish(self._message(steps, attempts or [0]))
 
@@ -586,12 +656,8 @@ class Trajectory(States):
         hashes = {chunk: hashlib.sha256() for chunk in chunks}
         waiting = sorted(hashes, reverse=True)
         active: list[LedgerChunk] = []
-        # Records are read one by one, because all records of a long run of a large model may not fit in memory.
-        for number in self.journal.names():
-            record = self.journal.read(number)
+        for record in self.each_record():
             start, stop = record["start"], record["stop"]
-            if start >= self.n_states:  # committed since the trajectory was opened
-                break
             words = np.column_stack([*(record["checksums"][name] for name in names), starts[start:stop]])
             while waiting and waiting[-1].start < stop:
                 active.append(waiting.pop())

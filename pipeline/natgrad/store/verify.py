@@ -96,19 +96,22 @@ def verify_trajectory(storage: Storage) -> Iterator[Damage]:
         if isinstance(record, Damage):
             yield record
             continue
-        if record["stop"] > states.n_states:  # committed by a writer since the trajectory was opened
+        if record["stop"] > states.n_fixed:  # committed by a writer since the trajectory was opened
             break
         before = records[-1]["stop"] if records else 0
         if record["start"] != before:
             yield Damage(str(states.journal.folder), f"there is no record of states {before} to {record['start']}")
         records.append(record)
+    before = records[-1]["start"] if records else 0
+    # The record of a provisional state was compared with its own checksum when the trajectory was opened.
+    records += [record for record in states.each_record(len(records)) if record["start"] == states.n_fixed]
     yield from _verify_metadata(states.storage, "trajectory")
     for name in states.arrays:
         # The shape is set after the record. If a writer stopped in between, the shape is that of the previous
-        # commit, and a running writer may already have set the shape of a later commit.
+        # commit (perhaps with a provisional state), and a running writer may already have set that of a later one.
         length = stored_length(states.storage / name)
-        before = records[-1]["start"] if records else 0
-        if length not in (before, states.n_states) and not _committed_since(states, length):
+        usual = (before, before + 1, states.n_fixed, states.n_states)
+        if length not in usual and not _committed_since(states, length):
             what = f"the shape has {length} states, but {states.n_states} are recorded"
             yield Damage(str(states.storage / name), what, name)
     numbers = _step_numbers(states)
@@ -153,7 +156,9 @@ def verified_since(
 
 def _committed_since(states: Trajectory, length: int) -> bool:
     """Return True if a commit since the trajectory was opened has extended it to this number of states."""
-    return any(record["stop"] == length > states.n_states for record in states.records())
+    journal = states.journal
+    records = [*map(journal.read, journal.names()), journal.read_provisional()]
+    return any(record.get("stop", 0) == length > states.n_states for record in records)
 
 
 def _damage(error: InputError) -> Damage:

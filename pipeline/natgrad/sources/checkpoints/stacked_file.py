@@ -27,7 +27,8 @@ _STEPS_LIMIT = 1 << 24
 class StackedFile:
     """A run in one file: ``parameter/<tensor>`` (step, ...), ``gradient/<tensor>`` (step, ...), ``loss`` (step).
 
-    ``step`` (step) contains the step numbers. By default, steps are counted from 0.
+    ``step`` (step) contains the step numbers. By default, steps are counted from 0. Only the parameters must have
+    the last step.
 
     Parameters
     ----------
@@ -83,8 +84,8 @@ class StackedFile:
         logged = container.tensors.get(key)
         self._origin = "counted from 0" if logged is None else f"its {key!r}"
         if logged is None:
-            # All arrays should have the same leading length; the most frequent one is that of the run.
-            lengths = [tensor.shape[0] for tensor in container.tensors.values() if tensor.shape]
+            # The leading length of the parameters is that of the run; without them, it is the most frequent one.
+            lengths = [tensor.shape[0] for tensor in self._parameters(container) if tensor.shape]
             rows = max(set(lengths), key=lengths.count) if lengths else 0
             if rows > _STEPS_LIMIT:
                 raise InputError(
@@ -103,6 +104,15 @@ class StackedFile:
         numbers = np.zeros(logged.shape[0], logged.dtype)
         container.read(key, 0, numbers)
         return [int(number) for number in numbers]
+
+    def _parameters(self, container: Container) -> list[LoggedTensor]:
+        """Return the arrays of parameters, or all arrays if none are named as parameters."""
+        tensors = container.tensors
+        for name in self._names.keys["parameter"]:
+            found = [tensors[key] for key in tensors if key == name or key.startswith((f"{name}/", f"{name}."))]
+            if found:
+                return found
+        return list(tensors.values())
 
     def open(self, step: LoggedStep) -> NamedStep:
         """Open a step; see `natgrad.sources.base.Source`."""
@@ -143,16 +153,17 @@ class _Row(Container):
         self._shared, self._container, self._row = shared, shared.container, row
         container = self._container
         self.unread = container.unread
+        lengths = (rows,) if row == rows - 1 else (rows, rows - 1)
         self.tensors = {
             key: LoggedTensor(logged.shape[1:], logged.dtype)
             for key, logged in container.tensors.items()
-            if logged.shape[:1] == (rows,) and key != step_key
+            if logged.shape and logged.shape[0] in lengths and key != step_key
         }
         # Describe arrays of another length with an invalid dtype, so that using them is refused.
         self.tensors |= {
             key: LoggedTensor(logged.shape, f"{logged.dtype} of {logged.shape[:1]} steps, not {rows},")
             for key, logged in container.tensors.items()
-            if key not in self.tensors and key != step_key
+            if logged.shape[:1] not in ((rows,), (rows - 1,)) and key != step_key
         }
 
     def read(self, key: str, start: int, out: NDArray[Any]) -> None:
