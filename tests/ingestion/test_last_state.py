@@ -90,7 +90,7 @@ def tree_of(state, step):
         if name:
             tensors["model" if array == "parameter" else "grad"][name] = torch.from_numpy(np.array(value))
     tree = {name: found for name, found in tensors.items() if found} | {"step": step}
-    # A buffer is no trained tensor, with and without gradients.
+    # A buffer is not trained, with and without gradients.
     tree["model"]["running_mean"] = torch.ones(3)
     if "loss" in state:
         tree |= {"loss": float(state["loss"]), "lr": float(state["learning_rate"])}

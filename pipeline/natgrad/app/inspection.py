@@ -202,6 +202,8 @@ def _refused(found: Diagnosis) -> dict[str, str]:
 def _description(log: Source, listed: Sequence[LoggedStep], *, sweep: bool) -> dict[str, Any]:
     """Describe the first and the last state of a log, and the distances between states."""
     first, last = (_content(log, step) for step in (listed[0], listed[-1]))
+    if first.absent:
+        raise next(iter(first.absent.values()))
     runs = len({step.run for step in listed})
     spans = [b.number - a.number for a, b in itertools.pairwise(listed) if a.run == b.run]
     usual = max(set(spans), key=spans.count) if spans else 0
@@ -268,10 +270,13 @@ def _content(log: Source, step: LoggedStep) -> StepContent:
 
 
 def _changes(first: StepContent, last: StepContent) -> list[str]:
-    """List the differences between the first and the last step. Ingest rejects a log with such differences."""
+    """List the differences between the first and the last step. Ingest rejects those between tensors."""
     changes = []
     for name in (*STATES, *REPLICATE_STATES):
         before, after = first.arrays.get(name, {}), last.arrays.get(name, {})
+        if before and not after and name != STATES[0]:
+            changes.append(f"{name}: missing at the last step")
+            continue
         for tensor in {**before, **after}:
             if before.get(tensor) != after.get(tensor):
                 changes.append(f"{name} {tensor!r}: {_shape(before.get(tensor))}, then {_shape(after.get(tensor))}")

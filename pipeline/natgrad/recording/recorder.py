@@ -184,7 +184,7 @@ class Recorder:
             R draws of the update of a stochastic rule from theta_t. ``parameter`` contains the states after each
             draw, by tensor name, with shape (R, ...). Optionally, ``hvp`` contains the Hessian times the
             displacement of each draw, by tensor name, with shape (R, ...), eq. (19), and ``loss`` the losses of
-            these states, with shape (R,). Record replicates at every step, including the last one, or never.
+            these states, with shape (R,). Record replicates at every step or never.
         **scalars : float
             Other scalars in `natgrad.schema.names.SCALARS`: ``loss_time_derivative``, dL/dt of a loss that changes
             with time (section 2.1), and ``hessian_min_eigenvalue``, eq. (18).

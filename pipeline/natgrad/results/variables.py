@@ -468,9 +468,9 @@ VARIABLES: dict[str, UpdateVariable] = {
             equation="y.g > 0, section 2.1",
             long_name="reason why a metric does or does not exist",
             description="Reason for missing values. Unverifiable if the update is not larger than its rounding "
-            "error, a loss or a Hessian-vector product is missing, or the window extends past the end of the run "
-            "or a restart. Underflow and overflow if the vectors are finite and not zero, but their inner products "
-            "are out of the range of float64.",
+            "error, a loss, a gradient or a Hessian-vector product is missing, or the window extends past the end "
+            "of the run or a restart. Underflow and overflow if the vectors are finite and not zero, but their "
+            "inner products are out of the range of float64.",
         ),
         UpdateVariable(
             name="effective_window",

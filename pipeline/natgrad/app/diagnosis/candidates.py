@@ -174,6 +174,9 @@ def _described(part: Part, format: str, stop: Callable[[], bool]) -> ReadPart:
             if not examined:
                 keys = _keys(log, reader)
             content = reader.content()
+        for quantity, error in content.absent.items():
+            if step != listed[-1] or not examined or quantity == STATES[0]:
+                raise error
         parameters, gradients = (content.arrays.get(array, {}) for array in STATES[:2])
         matched &= not parameters or set(gradients) <= {
             *parameters,

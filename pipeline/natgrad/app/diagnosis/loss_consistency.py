@@ -86,7 +86,7 @@ def objective_of(
     for step in first:
         if stop():
             break
-        state, loss = _state(log, step)
+        state, loss = _state(log, step, tuple(content.arrays["parameter"]))
         if loss is None or state is None:
             break
         if before is not None:
@@ -107,13 +107,14 @@ def objective_of(
     return {"consistent": "consistent: ", "inconsistent": "not consistent: "}.get(found, "unknown: ") + between
 
 
-def _state(log: Source, step: LoggedStep) -> tuple[dict[str, NDArray[np.float64]] | None, float | None]:
+def _state(
+    log: Source, step: LoggedStep, tensors: tuple[str, ...]
+) -> tuple[dict[str, NDArray[np.float64]] | None, float | None]:
     """Read the parameters and gradients of a state, each in one vector of float64, and its loss."""
     with log.open(step) as reader:
-        logged = reader.content()
-        if not logged.arrays.get("gradient"):  # the last state may have none
+        content = complete(step, reader.content(), tensors=tensors, is_last=True)
+        if "gradient" not in content.arrays:
             return None, None
-        content = complete(step, logged)
         found = {}
         for array in ("parameter", "gradient"):
             parts: list[NDArray[Any]] = []
