@@ -344,7 +344,8 @@ def test_a_restart_keeps_the_incomplete_state_of_the_older_attempt(tmp_path):
     process(sources, tmp_path)
     older = labels(tmp_path)
     restarted = [*first[:2], *cut(second)[2:]]
-    process(write_native(tmp_path / "log", restarted, 2), tmp_path)
+    summary = process(write_native(tmp_path / "log", restarted, 2), tmp_path)
+    assert not any("not finite" in warning for warning in summary.warnings)
     trajectory = open_trajectory(tmp_path / "trajectory.zarr")
     assert trajectory.scalar(STEP).tolist() == [0, 1, 2, 3, 4, 2, 3, 4]
     assert trajectory.scalar(ATTEMPT).tolist() == [0] * 5 + [1] * 3

@@ -190,6 +190,8 @@ class Writer:
         self._log, self._trajectory, self._contents = log, trajectory, contents
         self._warnings, self._limits = warnings, limits
         self.new_steps = self.completed_steps = 0
+        # What states of the trajectory lack, by state and by run and step.
+        self._earlier: dict[int, tuple[str, ...]] = {}
         self._lacked: dict[tuple[str, int], tuple[str, ...]] = {}
         self._not_finite: list[str] = []
         self._no_metric: dict[str, _UnknownMetric] = {}
@@ -241,16 +243,16 @@ class Writer:
             step, attempt, run = (int(trajectory.scalar(name)[last]) for name in (STEP, ATTEMPT, RUN))
             before = NewState(LoggedStep(step, trajectory.storage, run=trajectory.runs[run]), attempt, last)
         stored = any(state.repeats is not None or state.again for state in new)
-        earlier = trajectory.lacking() if stored else {}
+        self._earlier = trajectory.lacking() if stored else {}
         runs, steps = trajectory.scalar(RUN), trajectory.scalar(STEP)
         self._lacked = {
-            (trajectory.runs[runs[index]], int(steps[index])): lacks for index, lacks in earlier.items()
+            (trajectory.runs[runs[index]], int(steps[index])): lacks for index, lacks in self._earlier.items()
         }
         found: list[tuple[str, ...]] = []
         for state, following in itertools.zip_longest(new, new[1:]):
             lacks: tuple[str, ...] = ()
             if state.repeats is not None:
-                lacks = earlier.get(state.repeats, ())
+                lacks = self._earlier.get(state.repeats, ())
             elif following is None or not following.follows(state):
                 content = self._contents[state.step]
                 arrays = [name for name in trajectory.array_dtypes if name not in content.arrays]
@@ -398,7 +400,8 @@ class Writer:
             trajectory.read(name, new.repeats, new.repeats + 1, column, buffer[row : row + 1])
         words = out[: last - first]
         checksums.append(checksum(words))
-        if not _all_finite(words, dtype):
+        is_missing = new.repeats is not None and replicate_of(name)[0] in self._earlier.get(new.repeats, ())
+        if not is_missing and not _all_finite(words, dtype):
             self._record_nonfinite(new.step, name, dtype, first, last, out)
         if name == "exp_avg_sq":
             self._widen(position, dtype, first, last, out)
