@@ -467,10 +467,11 @@ def test_commands_take_shifts(tmp_path):
     log = write_log(tmp_path / "log", logged)
     shifts = ("--shift", "gradient=-1", "--shift", "loss=-1")
     found = answer("inspect", log, *shifts)
-    assert (found["steps"], found["first_step"], found["last_step"]) == (5, 0, 4)
-    assert answer("ingest", log, tmp_path / "out", *shifts)["steps"] == 5
+    assert (found["steps"], found["first_step"], found["last_step"]) == (6, 0, 5)
+    ingested = answer("ingest", log, tmp_path / "out", *shifts)
+    assert (ingested["steps"], ingested["last_step_lacks"]) == (6, ["gradient", "loss"])
     losses = open_trajectory(tmp_path / "out" / "trajectory.zarr").scalar("loss")
-    assert losses.tolist() == [state["loss"] for state in states[:5]]
+    np.testing.assert_array_equal(losses, [*(state["loss"] for state in states[:5]), np.nan])
     done = natgrad("ingest", log, tmp_path / "out", "--shift", "gradient=next")
     assert done.returncode == 2
     assert "gradient=next is not a valid shift" in done.stderr
