@@ -137,7 +137,7 @@ def test_losses_of_declared_batches_are_not_compared():
         np.testing.assert_array_equal(batch[name].sel(at), fixed[name].sel(at))
     for evaluation, tree in trees.items():
         assert overview(tree)["objective"]["evaluation"] == tree.attrs["evaluation"] == evaluation
-        assert tree.attrs["gradient_source"] == "recorded"
+        assert tree.attrs["gradient_source"] == "logged"
 
 
 @pytest.mark.parametrize("evaluation", EVALUATIONS)

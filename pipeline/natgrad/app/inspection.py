@@ -52,7 +52,7 @@ __all__ = ["NEEDED_FOR", "inspect_source"]
 NEEDED_FOR: dict[str, tuple[str, str]] = {
     "parameter": ("all results", "set their key with --map parameter=KEY, or add the log that contains them"),
     "gradient": (
-        "all results except parameter_norm and update_norm",
+        "all results except norms of parameters and updates, and losses",
         "log them (natgrad.Recorder, or a hook of the trainer), and add that log as another SOURCE",
     ),
     "learning_rate": (

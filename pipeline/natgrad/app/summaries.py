@@ -48,7 +48,9 @@ class AnalysisSummary(Summary):
         (consistent, inconsistent or undecided), its median ``residual``, and ``warnings``.
     status : mapping of str to int
         Number of updates with each status.
-    angle, condition_number : list of float, optional
+    gradient_source : str
+        Origin of the gradients: ``logged``, or ``none`` if the log has no gradients.
+    angle, condition_number, update_to_weight : list of float, optional
         Minimum, median and maximum over the updates of the model, with the gradient itself as the estimate.
     angle_without_decay : list of float, optional
         The same for the updates without weight decay. The JSON form omits it if the results do not have them.
@@ -66,6 +68,8 @@ class AnalysisSummary(Summary):
     status: Mapping[str, int]
     angle: list[float] | None
     condition_number: list[float] | None
+    update_to_weight: list[float] | None
+    gradient_source: str
     angle_without_decay: list[float] | None = None
 
     def to_json(self) -> dict[str, Any]:

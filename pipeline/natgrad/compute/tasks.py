@@ -20,7 +20,15 @@ from natgrad.compute.plan import PassPlan, PlanLimits, Tile, WorkItem, read_bloc
 from natgrad.kernel import crc, gram, ledger_sums, stream
 from natgrad.schema.layout import LedgerChunk, storage_dtype
 from natgrad.schema.logs import logger
-from natgrad.schema.names import HVP, REPLICATE_HVP, REPLICATE_PARAMETER, STATES, ledger_vectors, replicate_of
+from natgrad.schema.names import (
+    HVP,
+    REPLICATE_HVP,
+    REPLICATE_PARAMETER,
+    STATES,
+    VECTORS,
+    ledger_vectors,
+    replicate_of,
+)
 from natgrad.storage import Storage
 from natgrad.store import Ledger, Trajectory, add_to_checksums
 
@@ -110,6 +118,9 @@ class Computed(NamedTuple):
 
 Finished = LedgerChunk | Computed
 
+_GRADIENT = VECTORS.index("gradient")
+"""Position of the gradient in a ledger. The vectors after it depend on the gradient."""
+
 
 def tile_segments(job: Job, tile: Tile) -> Segments:
     """Compute the segment ledgers of a tile: one for each tensor, or for the part of a tensor in the tile.
@@ -155,8 +166,13 @@ def _column_segments(job: Job, states: Trajectory, tile: Tile, column: int) -> S
     # All elements of the column have been read, and no product is used before this comparison.
     for name, found in checksums.items():
         states.require_recorded(name, tile.start, column, found)
-    # Columns are summed one by one, so that the bits do not depend on which columns are in one tile.
     indices, *products = parts
+    if not states.has_gradient:
+        # The parameter was used instead of the gradient. The ledger is that of gradients that are NaN.
+        gram, ratio = products
+        gram[..., _GRADIENT:, :] = gram[..., :, _GRADIENT:] = np.nan
+        ratio[:] = 0.0
+    # Columns are summed one by one, so that the bits do not depend on which columns are in one tile.
     first_tensor, last_tensor = int(indices[0]), int(indices[-1])
     tensors = np.arange(first_tensor, last_tensor + 1)
     return tensors, *_summed(len(tensors), (indices - first_tensor, *products))
@@ -248,7 +264,7 @@ def _block_segments(
             written = slice(first - tile.start, last - 1 - tile.start)
             gram.products(
                 contiguous["parameter"],
-                contiguous["gradient"],
+                contiguous.get("gradient", contiguous["parameter"]),
                 starts,
                 products[written],
                 ratio[written],

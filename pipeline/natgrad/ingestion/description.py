@@ -10,7 +10,7 @@ from natgrad.schema.layout import promote
 from natgrad.schema.names import HYPERPARAMETERS, OPTIMIZER_STATES, REPLICATE_LOSS, REPLICATE_STATES, STATES
 from natgrad.sources.base import Source, StepContent
 from natgrad.sources.completion import complete, not_at_every_step
-from natgrad.sources.steps import LoggedStep, LoggedTensor, where
+from natgrad.sources.steps import LoggedStep, LoggedTensor, NotYet, where
 from natgrad.store import Trajectory
 
 __all__ = [
@@ -74,10 +74,11 @@ def describe_steps(
     warnings: list[str],
     optimizer: bool,
     tensors: Collection[str] | None = None,
+    gradients: bool | None = None,
 ) -> dict[LoggedStep, StepContent]:
     """Describe steps, and check that all have the same arrays and tensors.
 
-    The last step of a run may lack all arrays except parameters.
+    The last step of a run may lack all arrays except parameters. All steps may lack gradients.
 
     Parameters
     ----------
@@ -90,6 +91,8 @@ def describe_steps(
         Include the state of the optimizer.
     tensors : collection of str, optional
         Trained tensors of the trajectory. Default: those of the first step.
+    gradients : bool, optional
+        The trajectory has gradients. Default: the first step decides, unless it is the last one of its run.
 
     Returns
     -------
@@ -100,6 +103,8 @@ def describe_steps(
     ------
     InputError
         If the arrays, tensors, shapes or dtypes of a step differ from those of the other steps.
+    NotYet
+        If there is only one state, without a gradient.
     """
     contents: dict[LoggedStep, StepContent] = {}
     unused: dict[str, LoggedStep] = {}
@@ -110,7 +115,26 @@ def describe_steps(
     for step in (first, *(step for step in steps if step != first)):
         with log.open(step) as reader:
             trained = tensors if first not in contents else tuple(contents[first].arrays[STATES[0]])
-            content = complete(step, reader.content(), optimizer=optimizer, tensors=trained, is_last=step in ends)
+            content = reader.content()
+            if gradients is None:
+                gradients = bool(content.arrays.get(STATES[1]))
+                if not gradients and step in ends and content.arrays.get(STATES[0]):
+                    raise NotYet(
+                        "there is only one state, and it has no gradient",
+                        where=where(step),
+                        why="an update leads from one state to the next, and the last state may lack its gradient",
+                        remedy="run again once the log has more states",
+                    )
+            elif not gradients and tensors is not None and content.arrays.get(STATES[1]):
+                raise _now_with_gradients(step, next(iter(content.arrays[STATES[1]])))
+            content = complete(
+                step,
+                content,
+                optimizer=optimizer,
+                tensors=trained,
+                is_last=step in ends,
+                gradients=gradients,
+            )
             _require_same_model(step, content, first, contents.get(first, content), is_last=step in ends)
         notes.update({note: step for note in content.notes if note not in notes})
         unused.update({key: step for key in content.unused if key not in unused})
@@ -139,6 +163,15 @@ def describe_steps(
         key, step = next(iter(unused.items()))
         warnings.append(f"{len(unused)} keys are not used; the first is {key!r} (in {step.storage.name})")
     return contents
+
+
+def _now_with_gradients(step: LoggedStep, tensor: str) -> InputError:
+    return InputError(
+        "the log has gradients, but OUT was created without them",
+        where=where(step, STATES[1], tensor),
+        why="earlier steps had no gradients, or the log that contains them was added later",
+        remedy="start from scratch with --overwrite, or choose another OUT",
+    )
 
 
 def _require_same_model(

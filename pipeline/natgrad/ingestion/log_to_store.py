@@ -42,6 +42,7 @@ from natgrad.schema.names import (
     USUAL_SCALARS,
 )
 from natgrad.schema.summary import Summary
+from natgrad.schema.variables import WITHOUT_GRADIENTS
 from natgrad.sources.alignment import misalignment
 from natgrad.sources.base import StepContent
 from natgrad.sources.listed import ListedLog
@@ -275,8 +276,10 @@ def _ingest(
         if check is not None and (steps or trajectory is not None):
             check(Extent.of(trajectory, new))
         if steps:
-            tensors = None if trajectory is None else trajectory.layout.names
-            contents = describe_steps(log, steps, warnings, optimizer, tensors)
+            tensors, gradients = None, None
+            if trajectory is not None:
+                tensors, gradients = trajectory.layout.names, trajectory.has_gradient
+            contents = describe_steps(log, steps, warnings, optimizer, tensors, gradients)
             model = next(iter(contents))
             with_gradient = [step for step in steps if "gradient" in contents[step].arrays]
             misaligned = "" if trajectory is not None else misalignment(log, with_gradient, contents[model])
@@ -304,6 +307,7 @@ def _ingest(
             )
         numbers = trajectory.scalar(STEP)[trajectory.current()]
         attempts = int(trajectory.scalar(ATTEMPT).max()) + 1
+        warnings += [] if trajectory.has_gradient else [WITHOUT_GRADIENTS]
         warnings += _missing_scalars(trajectory)
     if wait is not None:
         wait.finish(sum(stored))
@@ -514,6 +518,6 @@ def _missing_scalars(trajectory: Trajectory) -> list[str]:
             needed = absent_at.copy()
             needed[[state for state, lacks in incomplete.items() if name in lacks]] = False  # added later
         absent = int(absent_at.sum())
-        if needed.any():
+        if needed.any() and (name != "learning_rate" or trajectory.has_gradient):
             missing.append(f"{name} is missing or NaN in {absent} of {trajectory.n_states} steps: {remedies[name]}")
     return missing

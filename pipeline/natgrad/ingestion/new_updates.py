@@ -444,7 +444,9 @@ def _difference(
         True if there is such a new or missing scalar.
     """
     trajectory, lacks = committed.trajectory, committed.lacking.get(state, ())
-    described = describe_steps(log, [step], [], stores_optimizer(trajectory), trajectory.layout.names)
+    described = describe_steps(
+        log, [step], [], stores_optimizer(trajectory), trajectory.layout.names, trajectory.has_gradient
+    )
     content = described[step]
     if content.arrays["parameter"] != parameters_of(trajectory):
         return "different tensors", False

@@ -13,6 +13,7 @@ from natgrad.ingestion.description import describe_steps
 from natgrad.ingestion.new_updates import finished_steps, states_to_write
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import MEBIBYTE, STORAGE_DTYPES, storage_dtype
+from natgrad.schema.names import STATES
 from natgrad.sources.base import Source, StepContent
 from natgrad.sources.completion import complete
 from natgrad.sources.listed import ListedLog
@@ -74,7 +75,8 @@ def rehearse(log: Source, *, allow_gaps: bool = False) -> Rehearsal:
         for step in pair:
             _read(listed, step, contents[step])
         with listed.open(pair[0]) as reader:
-            content = complete(pair[0], reader.content())
+            gradients = STATES[1] in contents[pair[0]].arrays
+            content = complete(pair[0], reader.content(), gradients=gradients)
     return Rehearsal(tuple(steps), content, tuple(warnings))
 
 

@@ -203,6 +203,8 @@ def products(
     ----------
     files : sequence of `Located`
         States of parameter and gradient, updates + 1 of each, and of the Hessian-vector product if it is logged.
+        If there are no gradients, only the parameter, which is then used instead of the gradient as well: the
+        products of the gradient mean nothing.
     dtypes : sequence of dtype
         Dtype of each.
     boundaries : sequence of int64 arrays, shape (segments of the read block + 1,)
@@ -242,10 +244,10 @@ def products(
     if buffer.nbytes < needed:
         raise ValueError(f"the buffer has {buffer.nbytes} bytes, but {needed} are needed")
     words = [words_of([np.empty((0, 0), dtype)])[0].dtype for dtype in dtypes]
-    like = tuple(np.empty(0, dtype) for dtype in (*words, words[0])[:3])
+    like = tuple(np.empty(0, dtype) for dtype in (*words, words[0], words[0])[:3])
     descriptors, offsets = (np.stack([located[k] for located in files]) for k in (0, 1))
     addresses = np.zeros((3, batch + 1), np.uintp)
-    p, g, h = addresses
+    p, g, h = addresses if len(files) > 1 else (addresses[0], addresses[0], addresses[2])
     if checksums is not None:
         checksums[:] = crc.START
     found = _stream(

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from natgrad.reporting import figures
 from natgrad.results.objective import COMPARING_DESCENTS
 from natgrad.schema.names import DESCENT, DESCENTS, REPLICATE, TENSOR, WINDOW
-from natgrad.schema.variables import ShiftedMetric, Status
+from natgrad.schema.variables import WITHOUT_GRADIENTS, ShiftedMetric, Status
 from natgrad.storage import Location, open_storage
 
 __all__ = ["STATUS_MEANING", "WINDOW_FACTS", "write_report"]
@@ -141,19 +141,26 @@ def _run_content(run: figures.RunResults, anchor: str, letters: Iterator[str]) -
             for member, meaning in STATUS_MEANING.items()
         ],
         "spreads": _spreads(run),
+        "has_gradient": run.has_gradient,
         "shares": _shares(run),
         "cautions": dict.fromkeys(COMPARING_DESCENTS, run.objective.caution),
         "replicates": None if run.replicates is None else _replicates(run.replicates),
         "windows": sorted({1, max(run.windows)}),
         "letters": (letter_of_spectrum, letter_of_loss),
-        "spectrum": figures.spectrum(run, letter_of_spectrum),
+        "spectrum": (
+            figures.spectrum(run, letter_of_spectrum)
+            if run.has_gradient
+            else figures.relative_update_curve(run, letter_of_spectrum)
+        ),
         "loss": figures.loss_curve(run, letter_of_loss),
         "angle": figures.angle_curve(run),
         "condition": figures.condition_curve(run),
         "tensors": [_tensor_row(run, name) for name in shown],
         "tensors_left_out": run.tensors.sizes[TENSOR] - len(shown) if shown else 0,
-        "tensor_angle": figures.small_panels(run, shown, "angle") if shown else None,
-        "tensor_condition": figures.small_panels(run, shown, "condition_number") if shown else None,
+        "tensor_angle": figures.small_panels(run, shown, "angle") if shown and run.has_gradient else None,
+        "tensor_condition": (
+            figures.small_panels(run, shown, "condition_number") if shown and run.has_gradient else None
+        ),
         "thinned": figures.is_thinned(len(run.steps)),
         "provenance": {
             name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)
@@ -162,7 +169,15 @@ def _run_content(run: figures.RunResults, anchor: str, letters: Iterator[str]) -
     }
 
 
-_SPREADS = ("angle", "angle_uncertainty", "condition_number", "preconditioner_condition_number")
+_SPREADS = (
+    "angle",
+    "angle_uncertainty",
+    "condition_number",
+    "preconditioner_condition_number",
+    "parameter_norm",
+    "displacement_norm",
+    "update_to_weight",
+)
 
 
 def _spreads(run: figures.RunResults) -> dict[str, tuple[float, float, float] | None]:
@@ -247,6 +262,9 @@ def _warnings(run: figures.RunResults, status: NDArray[Any]) -> list[str]:
         return ["The run has no update: an update requires two logged states."]
     unfinished = str(run.attributes.get("unfinished", ""))
     found = [unfinished[:1].upper() + unfinished[1:] + "."] if unfinished else []
+    if not run.has_gradient:
+        # The statuses have no other reason.
+        return [*found, WITHOUT_GRADIENTS[:1].upper() + WITHOUT_GRADIENTS[1:] + "."]
     found += run.objective.warnings()
     explained = len(found)
     for member, meaning in STATUS_MEANING.items():
@@ -336,6 +354,8 @@ def _tensor_row(run: figures.RunResults, name: str) -> dict[str, Any]:
         "angle": figures.extent(run.tensor("angle", name)),
         "condition_number": figures.extent(run.tensor("condition_number", name)),
         "gradient_norm": figures.extent(run.tensor("gradient_norm", name)),
+        "displacement_norm": figures.extent(run.tensor("displacement_norm", name)),
+        "update_to_weight": figures.extent(run.tensor("update_to_weight", name)),
     }
 
 

@@ -128,7 +128,8 @@ def label(
     extended = {extension.distribution: extension.version for extension in extensions}
     tree.attrs = {"Conventions": "CF-1.11", **(provenance or {})}
     tree.attrs |= {"versions": {**versions(), **extended}, "results_version": RESULTS_VERSION}
-    tree.attrs |= {"layout_version": LAYOUT_VERSION, "evaluation": table.evaluation, "gradient_source": "recorded"}
+    tree.attrs |= {"layout_version": LAYOUT_VERSION, "evaluation": table.evaluation}
+    tree.attrs |= {"gradient_source": table.gradient_source}
     return tree
 
 

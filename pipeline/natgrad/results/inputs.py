@@ -90,6 +90,10 @@ class UpdateTable:
         What the loss and the gradient of a step are evaluated on; see `natgrad.schema.names.EVALUATIONS`.
     gradient_logged : bool array, shape (updates, 2), optional
         False if the state before, or after, the update has no gradient. Default: all have one.
+
+    Notes
+    -----
+    If the run has no gradients, the products of the gradient are NaN.
     """
 
     gram: Array
@@ -115,6 +119,11 @@ class UpdateTable:
     def has(self, names: Iterable[str]) -> bool:
         """Return True if the table has all of the named vectors and columns."""
         return all(name in self.vectors or getattr(self, name, None) is not None for name in names)
+
+    @property
+    def gradient_source(self) -> str:
+        """Origin of the gradients: ``logged``, or ``none`` if no state has one."""
+        return "logged" if self.gradient_logged is None or self.gradient_logged.any() else "none"
 
     @property
     def comparable_next_loss(self) -> Array:
@@ -233,7 +242,7 @@ def update_table(
     is_newest = np.append((np.diff(run[updates]) != 0) | (np.diff(steps[updates]) != 0), True)
     updates = updates[is_newest]
     loss = states.scalar("loss")
-    logged = np.ones(len(attempts), bool)
+    logged = np.full(len(attempts), states.has_gradient)
     logged[[state for state, names in states.lacking().items() if "gradient" in names]] = False
     rates, of_tensors = _learning_rates(states, updates, learning_rate)
     return updates, UpdateTable(
@@ -245,7 +254,7 @@ def update_table(
         loss=loss[updates],
         next_loss=loss[updates + 1],
         learning_rate=rates,
-        dtypes=states.dtypes,
+        dtypes={"gradient": states.dtypes["parameter"], **states.dtypes},
         attempts=attempts[updates],
         hessian_min_eigenvalue=states.scalar("hessian_min_eigenvalue")[updates],
         runs=states.runs if states.sweep else (),

@@ -75,7 +75,7 @@ class Aggregation:
         Largest norm of the error of g and of y, caused by rounding of the stored values.
     gradient_norm : array, optional
         |y| if it is known without a learning rate.
-    parameter_norm : array
+    parameter_norm, displacement_norm : array
     """
 
     dimensions: tuple[str, ...]
@@ -87,6 +87,7 @@ class Aggregation:
     gradient_floor: Array
     gradient_norm: Array | None
     parameter_norm: Array
+    displacement_norm: Array
 
 
 def model_and_tensors(table: UpdateTable, descent: str) -> tuple[Aggregation, Aggregation]:
@@ -156,6 +157,7 @@ def _uncorrected(table: UpdateTable, estimate: GradientEstimate) -> tuple[Aggreg
         gradient_floor,
         norm("gradient") if half is None else None,
         norm("parameter"),
+        norm("displacement"),
     )
     model = Aggregation(
         (STEP,),
@@ -167,6 +169,7 @@ def _uncorrected(table: UpdateTable, estimate: GradientEstimate) -> tuple[Aggreg
         _norm(gradient_floor, axis=1),
         _norm(norm("gradient"), axis=1) if half is None else None,
         _norm(norm("parameter"), axis=1),
+        _norm(norm("displacement"), axis=1),
     )
     return _with_time(model, table.extended(), table.loss_time_derivative, estimate), tensors
 
@@ -302,6 +305,7 @@ def without_decay(
         known=model.known & known.all(axis=1),
         update_floor=(_norm(stored, axis=1) + model_error) / model.rate,
         gradient_floor=model.gradient_floor + _norm(across_model, axis=1),
+        displacement_norm=of_model.update_norm * model.rate,
     )
     slope = table.loss_time_derivative
     if slope is not None:
@@ -315,6 +319,7 @@ def without_decay(
             known=tensors.known & known & ~cancelled,
             update_floor=(stored + error) / tensors.rate,
             gradient_floor=tensors.gradient_floor + across,
+            displacement_norm=of_tensors.update_norm * tensors.rate,
         ),
     )
 

@@ -27,7 +27,9 @@ def overview(tree: xr.DataTree) -> dict[str, Any]:
     dict
         ``updates`` is the number of updates, and ``status`` that of the updates with each status. ``angle`` and
         ``condition_number`` are the smallest, median and largest finite value, or None if there are no finite
-        values. ``angle_without_decay`` is the same for the updates without weight decay, if the results have them.
+        values, and so are those of ``update_to_weight``, the norm of the update relative to that of the parameters.
+        ``angle_without_decay`` is the same for the updates without weight decay, if the results have them.
+        ``gradient_source`` is the origin of the gradients, or ``none``.
         ``objective`` describes whether losses and gradients belong to one objective, see
         `natgrad.results.objective.Objective`.
     """
@@ -38,7 +40,8 @@ def overview(tree: xr.DataTree) -> dict[str, Any]:
         "updates": int((model["step_span"] > 0).sum()),
         "status": {Status(int(s)).name.lower(): int(n) for s, n in zip(status, counts, strict=True)},
     }
-    numbers |= {name: _spread(model[name]) for name in ("angle", "condition_number")}
+    numbers |= {name: _spread(model[name]) for name in ("angle", "condition_number", "update_to_weight")}
+    numbers["gradient_source"] = tree.attrs["gradient_source"]
     if WITHOUT_DECAY.strip("/") in tree.children:
         rest = tree[f"{WITHOUT_DECAY}/model"].to_dataset().sel(descent="gradient", window=1)
         numbers["angle_without_decay"] = _spread(rest["angle"])

@@ -72,6 +72,12 @@ def _learning_rate_comment(updates: Updates) -> str:
     )
 
 
+def _update_to_weight(updates: Updates) -> Array:
+    weights = geometry.representable(updates.aggregation.parameter_norm)
+    changes = geometry.representable(updates.aggregation.displacement_norm)
+    return np.where(weights > 0, geometry.safe_divide(changes, weights), np.nan)
+
+
 def _preconditioner_condition_number(updates: Updates) -> Array:
     used = updates.table.optimizer
     if used is None:
@@ -178,6 +184,25 @@ VARIABLES: dict[str, UpdateVariable] = {
             long_name="norm of the mean update over the window",
             description="Norm of the update divided by the learning rate. For a window, norm of its stacked "
             f"updates. NaN if the learning rate is not known. {_OUT_OF_RANGE}",
+        ),
+        UpdateVariable(
+            name="displacement_norm",
+            compute=lambda updates: geometry.representable(updates.aggregation.displacement_norm),
+            dimensions=_SINGLE,
+            units="parameter",
+            equation="|theta_{t+k} - theta_t|",
+            long_name="norm of the change of the parameters",
+            description="Euclidean norm of the change of the parameters up to the next logged state. "
+            f"{_OUT_OF_RANGE}",
+        ),
+        UpdateVariable(
+            name="update_to_weight",
+            compute=_update_to_weight,
+            dimensions=_SINGLE,
+            units="1",
+            equation="|theta_{t+k} - theta_t| / |theta_t|",
+            long_name="ratio of the norms of the change of the parameters and the parameters",
+            description="displacement_norm divided by parameter_norm. NaN if the parameters are zero.",
         ),
         UpdateVariable(
             name="gradient_norm",

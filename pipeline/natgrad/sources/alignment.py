@@ -36,6 +36,8 @@ def misalignment(log: Source, steps: Sequence[LoggedStep], content: StepContent)
     content : StepContent
         Complete content of the first step.
     """
+    if STATES[1] not in content.arrays:
+        return ""
     steps = steps[:STATES_COMPARED]
     if len(steps) < STATES_COMPARED or any(
         a.run != b.run or b.number - a.number != 1 for a, b in itertools.pairwise(steps)

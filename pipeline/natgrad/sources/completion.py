@@ -1,4 +1,8 @@
-"""Select the part of a step that can be processed: parameters and gradients of the same tensors, in one order."""
+"""Select the part of a step that can be processed: parameters and gradients of the same tensors, in one order.
+
+The trained tensors of a full model are those that have gradients. If a run has none, they are those that the
+optimizer updates, if its state names them, and otherwise all except the running statistics of normalization layers.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,8 @@ from dataclasses import replace
 from natgrad.schema.errors import InputError
 from natgrad.schema.names import REPLICATE_LOSS, REPLICATE_PARAMETER, REPLICATE_STATES, STATES
 from natgrad.sources.base import StepContent
-from natgrad.sources.steps import LoggedStep, LoggedTensor, where
+from natgrad.sources.optimizers.state import OptimizerState
+from natgrad.sources.steps import LoggedStep, LoggedTensor, is_running_statistic, where
 
 __all__ = ["complete", "not_at_every_step"]
 
@@ -24,6 +29,7 @@ def complete(
     optimizer: bool = False,
     tensors: Collection[str] | None = None,
     is_last: bool = False,
+    gradients: bool = True,
 ) -> StepContent:
     """Return the part of a step that can be processed: parameters and gradients of the same tensors, in one order.
 
@@ -41,6 +47,8 @@ def complete(
         Trained tensors of the run, if other steps were described before.
     is_last : bool
         It is the last step of the run, which may then lack everything except parameters.
+    gradients : bool
+        The run has gradients. Otherwise, no step may have any.
 
     Raises
     ------
@@ -51,15 +59,23 @@ def complete(
     """
     arrays = {array: dict(logged) for array, logged in content.arrays.items()}
     may_lack = is_last and tensors is not None
+    notes = list(content.notes)
     for quantity, error in content.absent.items():
         if not may_lack or quantity == STATES[0]:
             raise error
-    if may_lack and tensors is not None and arrays.get(STATES[0]) and not arrays.get(STATES[1]):
+    # Hessian-vector products and replicates mean nothing without gradients.
+    alone = not gradients and not content.replicate_loss
+    alone &= {array for array, logged in arrays.items() if logged} <= {STATES[0]}
+    if arrays.get(STATES[0]) and not arrays.get(STATES[1]) and (may_lack or alone):
         # Without gradients, the trained tensors and those that share memory are known only from other steps.
-        arrays = {array: {t: logged[t] for t in tensors if t in logged} for array, logged in arrays.items()}
-        arrays = {array: logged for array, logged in arrays.items() if logged}
-        content = replace(content, ties={}, untrained=False)
-    for array in STATES[: 1 if may_lack else 2]:
+        if tensors is not None and (gradients or content.untrained):
+            arrays = {array: {t: logged[t] for t in tensors if t in logged} for array, logged in arrays.items()}
+            arrays = {array: logged for array, logged in arrays.items() if logged}
+            content = replace(content, ties={})
+        elif content.untrained:
+            notes += _omit_untrained(arrays[STATES[0]], content.optimizer)
+        content = replace(content, untrained=False)
+    for array in STATES[: 1 if may_lack or alone else 2]:
         if not arrays.get(array):
             if tensors is not None and array != STATES[0]:
                 raise not_at_every_step(step, array, next(iter(tensors), ""))
@@ -76,10 +92,10 @@ def complete(
                 remedy=f"specify their key (--map {array}=KEY), or pass the log that contains them as an "
                 "additional SOURCE",
             )
-    notes = list(content.notes)
+    with_gradient = arrays.get("gradient", {})
     for tensor, target in content.ties.items():
         # Trainers log the gradient of shared memory once; keep the name that they use for it.
-        dropped = target if tensor in arrays["gradient"] and target not in arrays["gradient"] else tensor
+        dropped = target if tensor in with_gradient and target not in with_gradient else tensor
         if tensor in arrays["parameter"] and target in arrays["parameter"]:
             for named in arrays.values():
                 named.pop(dropped, None)
@@ -143,6 +159,20 @@ def complete(
                 f"{missing[0]!r}"
             )
     return replace(content, arrays=selected, notes=tuple(notes), optimizer=state)
+
+
+def _omit_untrained(parameters: dict[str, LoggedTensor], optimizer: OptimizerState | None) -> list[str]:
+    """Remove the tensors of a full model that are not trained, as far as this is known; return notes."""
+    updated = set() if optimizer is None else {name for table in optimizer.numbers.values() for name in table}
+    if updated & parameters.keys():
+        omitted = [name for name in parameters if name not in updated]
+        reason = "that the optimizer does not update"
+    else:
+        omitted = list(filter(is_running_statistic, parameters))
+        reason = "with running statistics of normalization layers"
+    for name in omitted:
+        del parameters[name]
+    return [f"{len(omitted)} tensors {reason} are omitted, the first is {omitted[0]!r}"] if omitted else []
 
 
 def not_at_every_step(step: LoggedStep, array: str, tensor: str) -> InputError:

@@ -14,6 +14,7 @@ __all__ = [
     "LoggedTensor",
     "NotYet",
     "Unreadable",
+    "is_running_statistic",
     "local_file",
     "vanished",
     "where",
@@ -55,6 +56,17 @@ class LoggedStep:
     def path(self) -> Path:
         """Local path, for formats that need local files. Raises InputError if there is none."""
         return local_file(self.storage)
+
+
+def is_running_statistic(tensor: str) -> bool:
+    """Return True if a name is that of a running statistic of a normalization layer, which is not trained.
+
+    Examples
+    --------
+    >>> is_running_statistic("layer1.0.bn1.running_mean")
+    True
+    """
+    return tensor.rpartition(".")[2] in ("running_mean", "running_var")
 
 
 def local_file(storage: Storage) -> Path:

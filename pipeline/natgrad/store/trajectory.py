@@ -267,6 +267,11 @@ class Trajectory(States):
         return tuple(name for name in (*STATES, *replicates) if name in self.dtypes)
 
     @property
+    def has_gradient(self) -> bool:
+        """False if no state of the run has a gradient. The products of the gradient in the ledger are then NaN."""
+        return STATES[1] in self.dtypes
+
+    @property
     def replicate_vectors(self) -> tuple[str, ...]:
         """Vectors of the Gram matrix of the replicates; empty without replicates."""
         return self.shape.replicate_vectors

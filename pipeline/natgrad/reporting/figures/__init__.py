@@ -8,6 +8,7 @@ from natgrad.reporting.figures.curves import (
     angle_curve,
     comparison,
     condition_curve,
+    relative_update_curve,
     small_panels,
 )
 from natgrad.reporting.figures.paper import (
@@ -35,6 +36,7 @@ __all__ = [
     "loss_curve",
     "metric_field",
     "number",
+    "relative_update_curve",
     "small_panels",
     "spectrum",
 ]

@@ -49,11 +49,15 @@ __all__ = [
     "angle_curve",
     "comparison",
     "condition_curve",
+    "relative_update_curve",
     "small_panels",
 ]
 
 SHOWN_TENSORS = 12
-"""Number of tensors that are drawn separately: those with the largest gradient."""
+"""Number of tensors that are drawn separately: those with the largest gradient, or the largest displacement."""
+
+SIZES = ("parameter_norm", "displacement_norm", "update_to_weight")
+"""Variables that exist with or without gradients."""
 
 _BLOCK_VALUES = 1 << 20
 """Number of values of all tensors that are read at a time, if they are not stored in chunks."""
@@ -83,7 +87,7 @@ class RunResults:
         """Return the results in a DataTree; raise InputError if it does not contain results."""
         try:
             model, tensors = tree["model"].to_dataset(), tree["tensor"].to_dataset()
-            needed = ("angle", "angle_uncertainty", "condition_number", "gradient_norm", "status")
+            needed = ("angle", "angle_uncertainty", "condition_number", "gradient_norm", "status", *SIZES)
             for dataset, names in ((model, (*needed, *EIGENVALUES, "update_norm", "loss")), (tensors, needed)):
                 for variable in names:
                     dataset[variable]
@@ -101,6 +105,11 @@ class RunResults:
     def objective(self) -> Objective:
         """Agreement of losses and gradients with one objective."""
         return Objective.of(self.model, str(self.attributes.get("evaluation", "unknown")))
+
+    @property
+    def has_gradient(self) -> bool:
+        """False if the log has no gradients."""
+        return self.attributes.get("gradient_source") != "none"
 
     def __getitem__(self, variable: str) -> NDArray[Any]:
         """Return a variable of the model, for the gradient and window 1, by step."""
@@ -145,14 +154,17 @@ class RunResults:
             yield np.asarray(values.isel({STEP: slice(start, start + rows)}).values)
 
     def largest_tensors(self) -> list[str]:
-        """Return the tensors with the largest gradient, root mean square over the run, largest first."""
+        """Return the tensors with the largest gradient, root mean square over the run, largest first.
+
+        Without gradients, their displacements are compared.
+        """
         names = [str(name) for name in self.tensors[TENSOR].values]
         if len(names) <= SHOWN_TENSORS:
             return names
         if not self._largest:
             sizes = np.zeros(len(names))
             with np.errstate(over="ignore", invalid="ignore"):
-                for norms in self.blocks("gradient_norm"):
+                for norms in self.blocks("gradient_norm" if self.has_gradient else "displacement_norm"):
                     sizes += (np.where(np.isfinite(norms), norms, 0.0) ** 2).sum(axis=0)
                 order = np.argsort(-sizes, kind="stable")
             self._largest.extend(names[index] for index in order[:SHOWN_TENSORS])
@@ -205,6 +217,24 @@ def condition_curve(run: RunResults) -> Picture:
     return picture(
         Chart(WIDTH, HEIGHT, [[panel]]),
         f"Condition number of the optimal metric over the steps of {run.name}{extremes}.",
+    )
+
+
+def relative_update_curve(run: RunResults, letter: str) -> Picture:
+    """Draw the norm of the change of the parameters, relative to that of the parameters, over the steps."""
+    panel = Panel(Axis(), Axis("|θ′ − θ| / |θ| (1)"), letter, letter=True)
+    step_axis(panel, run.steps)
+    values = positive(run["update_to_weight"])
+    spread = extent(values)
+    if spread is None:
+        placeholder(panel, "no update has a size")
+    else:
+        curve(panel, run.steps, values, colour=INK)
+        log_limits(panel, spread[0], spread[2])
+    extremes = f" from {number(spread[0])} to {number(spread[2])}" if spread else "; it is not defined at any step"
+    return picture(
+        Chart(WIDTH, HEIGHT, [[panel]]),
+        f"Change of the parameters relative to the parameters over the steps of {run.name}{extremes}.",
     )
 
 

@@ -20,7 +20,7 @@ from natgrad.schema.names import TENSOR_WEIGHT_DECAY
 from natgrad.sources.container import Container
 from natgrad.sources.optimizers import factors
 from natgrad.sources.optimizers.state import FactoredMetric, OptimizerState, RotatedMetric, factor_array
-from natgrad.sources.steps import LoggedTensor
+from natgrad.sources.steps import LoggedTensor, is_running_statistic
 
 __all__ = ["SavedOptimizer", "optimizer_roots", "saved_optimizer"]
 
@@ -374,7 +374,9 @@ def _owners(
     unknown = [name for name in order if name not in parameters]
     if unknown:
         return f"the order contains {unknown[0]!r}, but the model has no such tensor"
-    names = list(order) or [name for name in parameters if (not trained or name in trained)]
+    names = list(order) or [
+        name for name in parameters if (name in trained if trained else not is_running_statistic(name))
+    ]
     groups = [[(number, entry) for entry in group] for number, o in enumerate(optimizers) for group in o.members]
     if order or container.ordered:
         arrangements = _arrangements(names, parameters, list(map(len, groups))) if len(optimizers) == 1 else []
