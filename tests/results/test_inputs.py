@@ -26,7 +26,8 @@ class States:
     tables: tuple = ()
     sweep: bool = False
     runs: tuple = ("first", "second")
-    dtypes: dict = field(default_factory=lambda: {"gradient": "float32"})
+    dtypes: dict = field(default_factory=lambda: {"parameter": "float32", "gradient": "float32"})
+    has_gradient: bool = True
     storage: str = "a store"
 
     def scalar(self, name):

@@ -18,7 +18,8 @@ def test_an_overview_has_the_statuses_and_the_spread_of_the_gradient_of_the_mode
     effective = int(model["effective"].sum())
     assert found["status"] == {"effective": effective, "obtuse": 7 - effective}
     assert 0 < effective < 7
-    for name in ("angle", "condition_number"):
+    assert found["gradient_source"] == "logged"
+    for name in ("angle", "condition_number", "update_to_weight"):
         values = sorted(value for value in model[name].values if np.isfinite(value))
         middle = len(values) // 2
         median = values[middle] if len(values) % 2 else (values[middle - 1] + values[middle]) / 2
@@ -40,6 +41,7 @@ def test_an_overview_of_updates_without_decay_is_that_of_their_group():
 def test_an_overview_without_finite_values_has_none():
     tree = dataset.label(replace(table_of(walk()), learning_rate=np.full(5, np.nan)), variables=[])
     found = overview(tree)
+    assert found.pop("update_to_weight")[0] > 0  # the learning rate does not matter
     objective = found.pop("objective")
     assert objective.pop("residual") <= 1e-12  # the loss is quadratic
     assert objective == {"evaluation": "unknown", "consistency": "consistent", "warnings": []}
@@ -48,4 +50,5 @@ def test_an_overview_without_finite_values_has_none():
         "status": {"no_learning_rate": 5},
         "angle": None,
         "condition_number": None,
+        "gradient_source": "logged",
     }
