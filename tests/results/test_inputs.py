@@ -81,7 +81,7 @@ def test_updates_are_in_the_order_of_runs_and_steps():
     assert table.next_loss.tolist() == [40.0, 30.0, 10.0]
     assert table.gram[:, 0, 0, 0].tolist() == [3.0, 2.0, 0.0]
     assert table.gradient_logged.tolist() == [[True, False], [True, True], [True, True]]
-    assert table.dtypes == {"gradient": "float32"}
+    assert table.dtypes == {"parameter": "float32", "gradient": "float32"}
     assert [(part.start, part.stop) for part in table.run_slices()] == [(0, 2), (2, 3)]
     assert table.follows().tolist() == [True, False]
 
