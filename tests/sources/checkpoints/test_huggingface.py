@@ -454,7 +454,9 @@ def test_gradients_of_the_state_before_and_the_scalars_of_a_logger_are_shifted_t
     summary = ingest([tmp_path / "out", metrics], tmp_path / "unshifted.zarr")
     assert any("use --shift gradient=-1" in warning for warning in summary.warnings)
     # There is no checkpoint of state 0; the gradient of state 6 was never computed.
-    native = write_log(tmp_path / "native", module.states[1:], numbers=range(1, 6))
+    last = {f"parameter/{name}": value.detach().numpy() for name, value in module.named_parameters()}
+    last["learning_rate"] = np.float64(0.125 * 0.5**6)
+    native = write_log(tmp_path / "native", [*module.states[1:], last], numbers=range(1, 7))
     expected = ledger_of(tmp_path / "expected", [native])
     assert ledger_of(tmp_path / "found", [tmp_path / "out", metrics], shift={"gradient": -1}) == expected
 

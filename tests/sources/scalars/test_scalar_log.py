@@ -391,13 +391,15 @@ def ingest_again(folder, *sources):
     return ingest([folder / "log", *sources], folder / "trajectory.zarr")
 
 
-def test_steps_that_a_growing_log_does_not_have_yet_are_left_for_the_next_pass(growing, caplog):
+def test_steps_that_a_growing_log_does_not_have_yet_are_completed_or_left_for_the_next_pass(growing, caplog):
     metrics = growing / "metrics.csv"
-    assert ingest_again(growing, metrics).steps == 3
+    metrics.write_text("step,loss\n0,5.0\n1,4.0\n")
+    first = ingest_again(growing, metrics)
+    assert (first.steps, first.last_step_lacks) == (3, ["loss"])
     assert "1 steps are left for the next pass" in caplog.text
-    append(metrics, (3, 2.0))
+    append(metrics, (2, 3.0), (3, 2.0))
     summary = ingest_again(growing, metrics)
-    assert (summary.new_steps, summary.steps, summary.attempts) == (1, 4, 1)
+    assert (summary.new_steps, summary.completed_steps, summary.steps, summary.attempts) == (1, 1, 4, 1)
     assert [loss for _, loss, _ in stored(growing / "trajectory.zarr")] == [5.0, 4.0, 3.0, 2.0]
 
 
@@ -409,11 +411,13 @@ def test_a_log_that_has_not_started_is_waited_for(growing):
 
 def test_scalars_logged_after_their_step_start_no_attempt(growing):
     metrics = settled(growing / "metrics.csv")
+    metrics.write_text("step,loss\n0,5.0\n1,4.0\n")
+    settled(metrics)
     ingest_again(growing, metrics)
     before = stored(growing / "trajectory.zarr")
-    append(metrics, (3, 2.0))
+    append(metrics, (2, 3.0), (3, 2.0))
     summary = ingest_again(growing, metrics)
-    assert (summary.new_steps, summary.attempts) == (0, 1)
+    assert (summary.new_steps, summary.completed_steps, summary.attempts) == (0, 0, 1)
     (warning,) = (w for w in summary.warnings if "were added to the log or removed from it" in w)
     assert "--overwrite" in warning
     assert stored(growing / "trajectory.zarr") == before

@@ -101,9 +101,11 @@ def test_a_growing_file_is_read_up_to_its_last_complete_record(copy, tmp_path):
         copy.write_bytes(body[:end])
         if len(read_all(read_wandb, copy)[0]) == 3:
             break
-    assert ingest([log, copy], tmp_path / "trajectory.zarr").new_steps == 3
+    first = ingest([log, copy], tmp_path / "trajectory.zarr")
+    assert (first.new_steps, first.last_step_lacks) == (4, ["loss", "learning_rate"])
     copy.write_bytes(body[:-40])
-    assert ingest([log, copy], tmp_path / "trajectory.zarr").new_steps == 3
+    then = ingest([log, copy], tmp_path / "trajectory.zarr")
+    assert (then.new_steps, then.completed_steps) == (2, 1)
     assert stored(tmp_path / "trajectory.zarr") == VALUES
 
 
