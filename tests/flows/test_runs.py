@@ -184,7 +184,7 @@ def test_a_flow_accepts_several_sources_like_the_command_line(log, tmp_path):
 def test_a_folder_with_a_run_file_is_one_run_of_a_scan(tmp_path):
     folder = tmp_path / "logs" / "mixed"
     write_log(folder, [{k: v for k, v in state.items() if k != "loss"} for state in random_walk(4)])
-    (folder / "metrics.csv").write_text("step,loss\n0,0.5\n1,0.25\n2,0.125\n")
+    (folder / "metrics.csv").write_text("step,loss\n0,0.5\n1,0.25\n")
     (folder / "run.toml").write_text('[[source]]\npath = "."\n[[source]]\npath = "metrics.csv"\n')
     # The file of a logger alone is not a run.
     (tmp_path / "logs" / "scalars").mkdir()
@@ -196,12 +196,13 @@ def test_a_folder_with_a_run_file_is_one_run_of_a_scan(tmp_path):
         states = open_trajectory(tmp_path / "out" / "mixed" / "trajectory.zarr")
         return answer["processed"], answer["unchanged"], states.scalar("loss").tolist()
 
-    assert scanned() == (1, 0, [0.5, 0.25, 0.125])
-    assert scanned() == (0, 1, [0.5, 0.25, 0.125])
+    # The last state of a run may lack its loss.
+    np.testing.assert_equal(scanned(), (1, 0, [0.5, 0.25, np.nan]))
+    np.testing.assert_equal(scanned(), (0, 1, [0.5, 0.25, np.nan]))
     # A step that the log of scalars lacks is stored once nobody has written to it for long.
     for path in (*folder.iterdir(), folder):
         os.utime(path, (time.time() - 2 * changes.SETTLED_SECONDS,) * 2)
-    np.testing.assert_equal(scanned(), (1, 0, [0.5, 0.25, 0.125, np.nan]))
+    np.testing.assert_equal(scanned(), (1, 0, [0.5, 0.25, np.nan, np.nan]))
     assert scanned()[:2] == (0, 1)
 
 
