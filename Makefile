@@ -29,14 +29,16 @@ browser:
 	echo "cannot install a browser: the browser tests of the report will fail; install Chrome or Chromium" >&2
 
 # Test files are distributed in the order of the folders, so that the longest ones do not start last.
-PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder -p no:benchmark
+PYTEST := $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder -p no:benchmark
+# One more process than processors, because many tests wait for servers, timeouts and disks.
+PROCESSES ?= $(shell $(PYTHON) -c "import os; print(1 + (os.cpu_count() or 1))")
 
 test: lint browser
-	$(PYTEST)
+	$(PYTEST) --numprocesses $(PROCESSES)
 
 # Tests that are not marked slow, without lint: at most a minute on two cores.
 quick: install
-	$(PYTEST) -q -m "not slow" --slow-after 1
+	$(PYTEST) --numprocesses auto -q -m "not slow" --slow-after 1
 
 # Kills two hundred processes at random times, and checks each time that no step is lost, duplicated or changed.
 # Then damages files of OUT, twenty times for each kind of file, kind of damage and log: 5,400 trials, half an hour

@@ -41,15 +41,6 @@ def hostile(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(folder)
 
 
-@pytest.fixture(scope="session")
-def prefect_server():
-    """Prefect's embedded server with its own database, started once."""
-    from prefect.testing.utilities import prefect_test_harness
-
-    with prefect_test_harness(server_startup_timeout=120):
-        yield
-
-
 @pytest.fixture(autouse=True, scope="module")
 def no_handlers_of_prefect_left():
     """A flow makes Prefect write all logs to the current standard error, which is closed in the next module."""
@@ -59,10 +50,12 @@ def no_handlers_of_prefect_left():
             logging.root.removeHandler(handler)
 
 
-@pytest.fixture
-def no_wait_for_the_disk(monkeypatch):
-    """Skip flushes; the tests of the store check what is flushed, and when."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+@pytest.fixture(autouse=True, scope="session")
+def no_wait_for_the_disk():
+    """Skip flushes in this process; the tests of storages and stores check what is flushed, and when."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -27,25 +27,26 @@ def busy(seconds):
         pass
 
 def test_waits():
-    time.sleep(0.6)
+    time.sleep(0.3)
 
 def test_works():
-    busy(0.6)
+    busy(0.3)
 
 def test_waits_for_a_process_that_works():
-    code = "import time\\nwhile time.process_time() < 0.6: pass"
+    code = "import time\\nwhile time.process_time() < 0.3: pass"
     subprocess.run([sys.executable, "-c", code], check=True)
 """
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_test_beyond_the_limit_fails_the_session_and_is_printed_as_a_line_of_the_list(tmp_path, workers):
+@pytest.mark.parametrize(("workers", "limit", "exit_status"), [(0, "0.15", 1), (1, "0.15", 1), (1, "60", 0)])
+def test_a_test_beyond_the_limit_fails_the_session_and_is_printed_as_a_line_of_the_list(
+    tmp_path, workers, limit, exit_status
+):
     (tmp_path / "test_examples.py").write_text(EXAMPLES)
     command = [sys.executable, "-m", "pytest", "-p", "slow", "--numprocesses", str(workers), "--rootdir", tmp_path]
-    for limit, exit_status in (("0.3", 1), ("60", 0)):
-        done = subprocess.run(
-            [*command, "--slow-after", limit, tmp_path], cwd=TESTS, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == exit_status, done.stdout + done.stderr
-        printed = re.findall(r"^test_examples.py::(\w+)  # 0.\d s$", done.stdout, re.MULTILINE)
-        assert sorted(printed) == (["test_waits_for_a_process_that_works", "test_works"] if exit_status else [])
+    done = subprocess.run(
+        [*command, "--slow-after", limit, tmp_path], cwd=TESTS, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == exit_status, done.stdout + done.stderr
+    printed = re.findall(r"^test_examples.py::(\w+)  # 0.\d s$", done.stdout, re.MULTILINE)
+    assert sorted(printed) == (["test_waits_for_a_process_that_works", "test_works"] if exit_status else [])

@@ -1,5 +1,7 @@
 """Test finding, processing and showing many runs below one folder, without Prefect."""
 
+import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import natgrad
 from logs import random_walk, write_log, write_step
 from natgrad.app import cli, run, scan
 from natgrad.app.status import status as status_of_runs
+from natgrad.app.status import status_of_run
 from natgrad.schema.errors import InputError, Unavailable
 from natgrad.schema.version import RESULTS_VERSION
 from servers import wait_for
@@ -192,14 +195,21 @@ with only_processor(sys.argv[1]):
 """
 
 
+@contextlib.contextmanager
+def holder_of(out):
+    """Let another process work on a run, and kill it at the end."""
+    with subprocess.Popen([sys.executable, "-c", HOLDER, out], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        yield
+        holder.kill()
+
+
 def test_one_process_works_on_a_run_and_the_lock_ends_with_its_holder(out):
-    with subprocess.Popen([sys.executable, "-c", HOLDER, out], stdout=subprocess.PIPE) as holder:
-        holder.stdout.readline()
+    with holder_of(out):
         with pytest.raises(scan.Busy, match="another process") as refusal, scan.only_processor(out):
             raise AssertionError
         assert str(out) in str(refusal.value)
         assert scan.error_parts(refusal.value)["heals"]
-        holder.kill()
     with scan.only_processor(out):
         pass
 
@@ -227,11 +237,9 @@ def test_status_shows_progress_and_failures_of_each_run(root, out, processed, ca
         "new": ("waiting", 0, None, 4, None, None),
     }
     appended(log)
-    assert (rows()["a"]["state"], rows()["a"]["lag"]) == ("behind", 1)
-    with scan.only_processor(out / "a"), subprocess.Popen([sys.executable, "-c", HOLDER, out / "new"]) as holder:
-        wait_for(lambda: rows()["new"]["state"] == "working")
-        assert rows()["a"]["state"] == "working"
-        holder.kill()
+    with holder_of(out / "new"), scan.only_processor(out / "by hand"):
+        shown = {name: (row["state"], row["lag"]) for name, row in rows().items() if name != "bad"}
+    assert shown == {"a": ("behind", 1), "by hand": ("working", 0), "new": ("working", 4)}
     cli.status(out)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["run", "state", "last", "step", "lag", "processed", "last", "error"]
@@ -331,15 +339,18 @@ def test_a_scan_of_sweeps_makes_one_trajectory_of_each_folder_of_runs(root, out)
 CLOCK = """
 import os, time
 
-shift, now, now_ns = float(os.environ["CLOCK_SHIFT"]), time.time, time.time_ns
-time.time = lambda: now() + shift
-time.time_ns = lambda: now_ns() + int(shift * 1e9)
+now, now_ns = time.time, time.time_ns
+time.time = lambda: now() + float(os.environ["CLOCK_SHIFT"])
+time.time_ns = lambda: now_ns() + int(float(os.environ["CLOCK_SHIFT"]) * 1e9)
 """
 
-SCAN_STATES = """
-import json, sys, natgrad
-summary = natgrad.scan(sys.argv[1], sys.argv[2], workers=1)
-print(json.dumps([run.state for run in summary.runs]), json.dumps(summary.failures))
+# The program and the processes that it starts for each scan have the clock of the scan.
+SCANS = """
+import json, os, sys, natgrad
+for shift in sys.stdin:
+    os.environ["CLOCK_SHIFT"] = shift
+    summary = natgrad.scan(sys.argv[1], sys.argv[2], workers=1)
+    print(json.dumps([[run.state for run in summary.runs], summary.failures]), flush=True)
 """
 
 
@@ -348,20 +359,22 @@ def test_a_clock_that_goes_backwards_between_scans_changes_nothing(root, out, tm
     (tmp_path / "clock" / "sitecustomize.py").write_text(CLOCK)
     path = os.pathsep.join([str(tmp_path / "clock"), *filter(None, [os.environ.get("PYTHONPATH")])])
     states, before = random_walk(8), 0
-    for shift, steps in ((0, 3), (-3600, 5), (-7200, 5), (-400 * 86400, 7), (86400, 8)):
-        for number in range(before, steps):
-            file = write_step(root / "a", number, states[number])
-            os.utime(file, (file.stat().st_mtime + shift,) * 2)
-        grown, before = steps > before, steps
-        done = subprocess.run(
-            [sys.executable, "-c", SCAN_STATES, root, out],
-            env=os.environ | {"PYTHONPATH": path, "CLOCK_SHIFT": str(shift)},
-            capture_output=True,
-            text=True,
-        )
-        assert done.stdout == ('["processed"] {}\n' if grown else '["unchanged"] {}\n'), done.stderr
-        (row,) = status_of_runs(out)
-        assert (row["state"], row["steps"], row["last_step"], row["lag"]) == ("done", steps, steps - 1, 0)
+    with subprocess.Popen(
+        [sys.executable, "-c", SCANS, root, out],
+        env=os.environ | {"PYTHONPATH": path, "CLOCK_SHIFT": "0"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as scans:
+        for shift, steps in ((0, 3), (-3600, 5), (-7200, 5), (-400 * 86400, 7), (86400, 8)):
+            for number in range(before, steps):
+                file = write_step(root / "a", number, states[number])
+                os.utime(file, (file.stat().st_mtime + shift,) * 2)
+            grown, before = steps > before, steps
+            print(shift, file=scans.stdin, flush=True)
+            assert json.loads(scans.stdout.readline()) == [["processed" if grown else "unchanged"], {}]
+            row = status_of_run(out / "a", root / "a")
+            assert (row["state"], row["steps"], row["last_step"], row["lag"]) == ("done", steps, steps - 1, 0)
     assert natgrad.verify(out / "a").damages == ()
     natgrad.process(root / "a", out / "again", workers=1)
     one, other = (xr.open_datatree(out / name / "results.zarr") for name in ("a", "again"))

@@ -59,7 +59,10 @@ def cluster():
         yield address
 
 
-@pytest.fixture(params=["serial", "threads", "cluster"])
+EXECUTORS = ("serial", "threads", "cluster")
+
+
+@pytest.fixture(params=EXECUTORS)
 def executor(request):
     if request.param == "cluster":
         return executors.existing_cluster(request.getfixturevalue("cluster"))
@@ -118,10 +121,16 @@ def test_the_small_run_of_these_tests_has_several_of_everything(tmp_path):
     assert summary.n_updates == ROWS - 1
 
 
-@pytest.mark.parametrize("hvp", [None, "float32"])
+# Each combination is compiled, which takes seconds. `tests/kernel/test_gram.py` compares more of them.
 @pytest.mark.parametrize(
-    ("parameter", "gradient"),
-    [*((d, d) for d in ("float16", "bfloat16", "float32", "float64")), ("bfloat16", "float32")],
+    ("parameter", "gradient", "hvp"),
+    [
+        ("float16", "float16", None),
+        ("bfloat16", "bfloat16", "float32"),
+        ("float32", "float32", None),
+        ("float64", "float64", "float32"),
+        ("bfloat16", "float32", "float32"),
+    ],
 )
 def test_the_ledger_is_exact_from_every_stored_dtype(tmp_path, parameter, gradient, hvp):
     dtypes = {"parameter": parameter, "gradient": gradient} | ({"hvp": hvp} if hvp else {})
@@ -551,8 +560,16 @@ def damaged_state(trajectory, how):
     return trajectory / chunk, array, "step 6"
 
 
-@pytest.mark.parametrize("how", STORED)
-@pytest.mark.parametrize("limits", [SMALL, SHORT_BLOCKS], ids=["columns", "short blocks"])
+# Every pair of an executor, a way of storing and limits, but not every combination.
+@pytest.mark.parametrize(
+    ("executor", "how", "limits"),
+    [
+        pytest.param(name, how, (SMALL, SHORT_BLOCKS)[(number + position) % 2], id=f"{name}-{how}")
+        for number, name in enumerate(EXECUTORS)
+        for position, how in enumerate(STORED)
+    ],
+    indirect=["executor"],
+)
 def test_a_damaged_state_is_refused_by_every_executor_until_it_is_restored(tmp_path, executor, how, limits):
     if how == "without the instruction":
         executor = without_the_instruction(executor)

@@ -8,8 +8,11 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
+import commands
 from distributions import install, natgrad
 from logs import random_walk, write_log
+from natgrad.store import open_trajectory
+from processing import process
 
 PAGES = Path(__file__).parents[2] / "docs" / "howto"
 TENSORS = {"theta": (5,)}
@@ -36,28 +39,26 @@ def test_the_example_reader_gives_the_same_bits_as_the_native_format(tmp_path):
     installed = example_of("reader.md", tmp_path / "site")
     formats = json.loads(natgrad("formats", "--json", installed=[installed]).stdout)
     assert formats["f64"]["layout"] == "folder of state_<N>.f64"
-    assert "f64" not in json.loads(natgrad("formats", "--json").stdout)
+    assert "f64" not in json.loads(commands.natgrad("formats", "--json").stdout)
     states = random_walk(6, TENSORS, "float64")
     log = write_f64(tmp_path / "log", states)
-    for name, source, options in (
-        ("own", log, []),
-        ("named", log, ["--format", "f64"]),
-        ("native", write_log(tmp_path / "native-log", states), []),
-    ):
-        natgrad("process", source, tmp_path / name, "--workers", 1, *options, installed=[installed])
-    trees = {name: xr.open_datatree(tmp_path / name / "results.zarr") for name in ("own", "named", "native")}
+    natgrad("process", log, tmp_path / "own", "--workers", 1, installed=[installed])
+    natgrad("ingest", log, tmp_path / "named", "--format", "f64", installed=[installed])
+    process(write_log(tmp_path / "native-log", states), tmp_path / "native")
+    own, native = (xr.open_datatree(tmp_path / name / "results.zarr") for name in ("own", "native"))
     for group in ("model", "tensor"):
-        expected = trees["native"][group].to_dataset()
+        expected = native[group].to_dataset()
         assert expected.sizes["step"] == 5
-        assert trees["own"][group].to_dataset().identical(expected)
-        assert trees["named"][group].to_dataset().identical(expected)
+        assert own[group].to_dataset().identical(expected)
+    one, other = (open_trajectory(tmp_path / name / "trajectory.zarr") for name in ("named", "native"))
+    assert one.fingerprint() == other.fingerprint()
 
 
 def test_the_example_variable_is_in_the_results_only_if_it_is_installed(tmp_path):
     installed = example_of("variable.md", tmp_path / "site")
     log = write_log(tmp_path / "log", random_walk(6, TENSORS, "float64"))
     natgrad("process", log, tmp_path / "with", "--workers", 1, installed=[installed])
-    natgrad("process", log, tmp_path / "without", "--workers", 1)
+    process(log, tmp_path / "without")
     found, plain = (xr.open_datatree(tmp_path / name / "results.zarr") for name in ("with", "without"))
     assert found.attrs["versions"]["my-variable"] == "1.0"
     for group, leading in (("model", ("step",)), ("tensor", ("step", "tensor"))):

@@ -15,9 +15,8 @@ from commands import NATGRAD
 from lazy import Lazy
 from logs import random_walk, write_log, write_step
 from natgrad.app import scan
-from natgrad.app.status import status
-from natgrad.schema.errors import InputError
-from servers import PrefectServer, process, wait_for
+from natgrad.app.status import status_of_run
+from servers import process, wait_for
 
 actions = Lazy("prefect.client.schemas.actions")
 orchestration = Lazy("prefect.client.orchestration")
@@ -30,12 +29,6 @@ pytestmark = pytest.mark.timeout(1200)
 STEPS = 12
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with PrefectServer(tmp_path_factory.mktemp("prefect")) as server:
-        yield server
-
-
 def settings_of(server):
     """Return a context in which this process uses a server."""
     return settings.temporary_settings({settings.PREFECT_API_URL: server.environment["PREFECT_API_URL"]})
@@ -46,12 +39,10 @@ def flow_runs(server):
         return client.read_flow_runs()
 
 
-def states(out):
-    """Return the state and the last step of every run below OUT."""
-    try:
-        return {row["run"]: (row["state"], row["last_step"]) for row in status(out)}
-    except InputError:
-        return {}
+def states(root, out):
+    """Return the state and the last step of every run."""
+    rows = {run.name: status_of_run(run.out, run.source) for run in scan.find_runs(root, out)}
+    return {name: (row["state"], row["last_step"]) for name, row in rows.items()}
 
 
 def natgrad(server, *arguments):
@@ -77,10 +68,10 @@ def test_a_schedule_processes_new_steps_and_an_invalid_run_fails_alone(server, r
     serve = (NATGRAD, "serve", root, out, "--every", "8", "--workers", "1", "--name", "scheduled")
     with process(*serve, environment=server.environment, log=tmp_path / "serve.log"):
         done = {"first": ("done", 1), "group/second": ("done", 1), "bad": ("failed", None)}
-        wait_for(lambda: states(out) == done)
+        wait_for(lambda: states(root, out) == done)
         for number, state in enumerate(random_walk(STEPS)[2:], start=2):
             write_step(root / "first", number, state)
-        wait_for(lambda: states(out) == done | {"first": ("done", STEPS - 1)})
+        wait_for(lambda: states(root, out) == done | {"first": ("done", STEPS - 1)})
     assert scan.Outcome.of(out / "group" / "second").summary["new_steps"] == 2
     failed = [run for run in flow_runs(server) if run.name == "process-run bad"]
     assert len(failed) == 1
@@ -114,7 +105,7 @@ def test_two_scans_at_once_process_every_run_once(server, tmp_path):
     assert [name for name, _ in ended].count("Completed") == runs
     for name, message in ended:
         assert name == "Completed" or (name, "another process" in message) == ("Skipped", True)
-    assert states(tmp_path / "out") == {f"twice-{number}": ("done", 2) for number in range(runs)}
+    assert states(tmp_path / "logs", tmp_path / "out") == {f"twice-{number}": ("done", 2) for number in range(runs)}
 
 
 KILLED = """

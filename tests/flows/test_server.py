@@ -1,6 +1,7 @@
 """Test scans with Prefect servers that are missing, stopped or damaged, with real processes."""
 
 import os
+import shutil
 import signal
 import subprocess
 
@@ -67,6 +68,16 @@ def test_a_scan_without_a_server_starts_one_that_must_be_able_to_read_its_databa
     assert "Traceback" not in done.stderr
 
 
+@pytest.fixture
+def home(server, tmp_path):
+    """Return the folder of a server that need not create its database, which takes some seconds."""
+    home = tmp_path / "prefect"
+    home.mkdir()
+    shutil.copy(server.empty, home / "prefect.db")
+    return home
+
+
+@pytest.mark.usefixtures("home")
 def test_a_scan_that_is_killed_leaves_no_server_and_no_other_process(tmp_path):
     installed = install(
         tmp_path / "installed",
@@ -89,17 +100,18 @@ def test_a_scan_that_is_killed_leaves_no_server_and_no_other_process(tmp_path):
         pass
 
 
-def test_a_server_that_is_missing_or_does_not_answer_is_an_error(root, tmp_path):
+def test_a_server_that_is_missing_or_does_not_answer_is_an_error(server, root, tmp_path):
     nobody = f"http://127.0.0.1:{free_port()}/api"
     done = natgrad_scan(root, tmp_path / "out", environment(tmp_path, PREFECT_API_URL=nobody))
     assert done.returncode == 2
     for part in ("the Prefect server does not respond", nobody, "prefect server start"):
         assert part in done.stderr
     assert "Traceback" not in done.stderr
-    with PrefectServer(tmp_path / "prefect") as server:
-        (answering,) = [one for one in psutil.process_iter() if _listens_on(one, server.port)]
-        answering.send_signal(signal.SIGSTOP)
+    (answering,) = [one for one in psutil.process_iter() if _listens_on(one, server.port)]
+    answering.send_signal(signal.SIGSTOP)
+    try:
         done = natgrad_scan(root, tmp_path / "out", environment(tmp_path, **server.environment))
+    finally:
         answering.send_signal(signal.SIGCONT)
     assert done.returncode == 2
     for part in ("the Prefect server does not respond", server.environment["PREFECT_API_URL"], "it hangs"):
@@ -108,12 +120,13 @@ def test_a_server_that_is_missing_or_does_not_answer_is_an_error(root, tmp_path)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_scan_ends_with_a_message_if_the_database_of_its_server_is_truncated(tmp_path):
-    for number in range(8):
+def test_a_scan_ends_with_a_message_if_the_database_of_its_server_is_truncated(home, tmp_path):
+    runs = 4
+    for number in range(runs):
         write_log(tmp_path / "logs" / f"run-{number}", random_walk(3, seed=number))
-    out, database = tmp_path / "out", tmp_path / "prefect" / "prefect.db"
+    out, database = tmp_path / "out", home / "prefect.db"
     command = [NATGRAD, "scan", tmp_path / "logs", out, "--workers", "1", "--quiet"]
-    with PrefectServer(tmp_path / "prefect") as server, (tmp_path / "errors").open("w+") as errors:
+    with PrefectServer(home) as server, (tmp_path / "errors").open("w+") as errors:
         # Fewer attempts shorten the test.
         variables = environment(tmp_path, **server.environment, PREFECT_CLIENT_MAX_RETRIES="1")
         with subprocess.Popen(command, env=variables, stderr=errors) as running:
@@ -128,7 +141,7 @@ def test_a_scan_ends_with_a_message_if_the_database_of_its_server_is_truncated(t
     assert "natgrad: the Prefect server" in message
     assert "Traceback" not in message
     # The runs themselves do not depend on the server.
-    assert len(list(out.glob("*/report.html"))) == 8
+    assert len(list(out.glob("*/report.html"))) == runs
 
 
 def _listens_on(process, port):

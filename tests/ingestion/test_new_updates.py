@@ -28,9 +28,6 @@ from opened import create_trajectory, read_results
 ELEMENTS = 17  # of `logs.TENSORS`
 
 
-pytestmark = pytest.mark.usefixtures("no_wait_for_the_disk")
-
-
 @pytest.fixture(name="ingest_run", params=[8, 3 * ELEMENTS], ids=["wide", "deep"])
 def small_ingest_run(request):
     """`ingest_run` with small chunks, so that a short run has several."""

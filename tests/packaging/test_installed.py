@@ -1,9 +1,15 @@
-"""Test the wheel in a new environment without the repository: the demonstration, and the recorder alone."""
+"""Test the wheel in a new environment without the repository.
 
+The demonstration, the recorder alone, and a folder that contains modules of a user named pipeline and flows. They
+are in one file, because the environment and the compiled kernel of its first run are shared.
+"""
+
+import json
 import subprocess
 import sys
 import tarfile
 import zipfile
+from pathlib import Path
 
 import pytest
 import xarray as xr
@@ -108,3 +114,50 @@ def test_a_wheel_of_a_source_archive_needs_no_network_and_has_its_version(sdist,
     environment = make_environment(tmp_path / "environment", wheel, [])
     code = "from natgrad.schema.version import __version__; print(__version__)"
     assert environment.run("python", "-c", code, cwd=tmp_path).stdout == "7.8.9\n"
+
+
+# A folder with other modules of old names ---------------------------------------------------------------------
+
+LOG = Path(__file__).parents[2] / "data" / "linear_system"
+
+SCRIPT = """
+import sys
+from pathlib import Path
+
+from natgrad.compute.clusters import local_scheduler
+from natgrad_flows.runs import process_run
+
+if __name__ == "__main__":
+    import natgrad
+
+    # Workers import what they compute, in this folder; the flow has no other.
+    with local_scheduler(1) as scheduler:
+        summary = process_run(sys.argv[1], "by-flow", workers=1, scheduler=scheduler)
+    print(summary["updates"], summary["computed_chunks"], Path(natgrad.__file__).parents[3].parent)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("pipeline", "flows"):
+        (tmp_path / f"{name}.py").write_text(f"raise RuntimeError('the user\\'s {name}.py was imported')\n")
+    return tmp_path
+
+
+def test_the_command_works_in_a_folder_with_other_modules_of_the_old_names(installed, folder):
+    assert "process" in installed.run("natgrad", "--help", cwd=folder).stdout
+    assert installed.run("natgrad", "--version", cwd=folder).stdout.startswith("natgrad ")
+    done = installed.run("natgrad", "process", LOG, "out", "--json", cwd=folder)
+    assert json.loads(done.stdout)["updates"] == 40
+    assert "INFO 40 updates" in done.stderr
+    assert (folder / "out" / "report.html").exists()
+    python = "import natgrad; print(natgrad.open_results('out')['model'].sizes['step'])"
+    assert installed.run("python", "-c", python, cwd=folder).stdout == "40\n"
+
+
+@pytest.mark.timeout(600)
+def test_a_flow_and_its_dask_workers_run_there(installed, folder):
+    (folder / "script.py").write_text(SCRIPT)
+    quiet = {"PREFECT_HOME": str(folder / ".prefect"), "PREFECT_LOGGING_LEVEL": "ERROR"}
+    done = installed.run("python", "script.py", LOG, cwd=folder, environment=quiet)
+    assert done.stdout.split() == ["40", "1", str(installed.bin.parent)]

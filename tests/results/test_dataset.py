@@ -728,7 +728,7 @@ def test_an_update_below_the_range_leaves_its_gradient_to_the_model():
 
 
 @given(states=updates_of_any_scale())
-@settings(max_examples=300)
+@settings(max_examples=150)
 def test_at_any_scale_a_number_is_exact_and_a_status_is_true(states):
     tree = dataset.label(table_of(states))
     rate = mpf(float(states[0]["learning_rate"]))

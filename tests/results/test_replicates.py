@@ -182,7 +182,7 @@ def test_without_hvps_only_the_metric_19_is_not_known():
     sign=st.sampled_from([1.0, -1.0]),
     size=st.sampled_from([7, 3000]),
 )
-@settings(max_examples=40)
+@settings(max_examples=25)
 def test_the_angle_of_the_mean_is_as_accurate_as_promised(seed, angle, spread, sign, size):
     rng = np.random.default_rng(seed)
     y, g = vectors_at(angle, size, seed)

@@ -27,9 +27,6 @@ SHAPES = {"layers.0.weight": (5, 3), "layers.0.bias": (5,), "scale": ()}
 STEPS = 6
 
 
-pytestmark = pytest.mark.usefixtures("no_wait_for_the_disk")
-
-
 def trained(optimizer, dtype="float32", steps=STEPS):
     """Return states of torch training on |A theta|^2 / 2, tensor by tensor, logged before the update."""
     torch.manual_seed(0)

@@ -49,7 +49,6 @@ sys.addaudithook(reaper.hear)  # for good, so it listens only while a process is
 
 @pytest.fixture(autouse=True)
 def _writes_that_are_counted(monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     pwrite = os.pwrite
 
     def counted(*arguments):

@@ -33,14 +33,6 @@ CHUNK = (4, 5)  # the last of three columns holds three elements and two of padd
 MIXED = {"parameter": "float32", "gradient": "bfloat16", "hvp": "float64"}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _no_wait_for_the_disk():
-    """Skip flushes; the tests that need them observe them."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda descriptor: None)
-        yield
-
-
 def random_bits(rows, elements, dtypes, seed=0):
     """Arbitrary bits: NaNs of every payload, infinities, subnormals."""
     rng = np.random.default_rng(seed)

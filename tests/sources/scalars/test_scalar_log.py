@@ -42,9 +42,6 @@ SCALARS = ("loss", "learning_rate")
 LONG_AGO = 10**18
 
 
-pytestmark = pytest.mark.usefixtures("no_wait_for_the_disk")
-
-
 def settled(path):
     """Return a log that has not been modified for a long time."""
     for file in [path, *path.rglob("*")]:

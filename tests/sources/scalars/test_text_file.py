@@ -20,7 +20,6 @@ from natgrad.storage import open_storage
 from opened import ingest, open_source, open_sources
 
 pytestmark = [
-    pytest.mark.usefixtures("no_wait_for_the_disk"),
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:DeprecationWarning"),
 ]

@@ -8,8 +8,6 @@ from test_scalar_log import run_without_scalars, settled, stored
 from natgrad.sources.scalars.update_records import at_states
 from opened import ingest
 
-pytestmark = pytest.mark.usefixtures("no_wait_for_the_disk")
-
 
 @pytest.mark.parametrize(
     ("version", "late"), [("4.40.1", True), ("4.51.0", False), ("5.0.0.dev0", False), (None, None)]

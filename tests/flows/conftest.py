@@ -1,0 +1,32 @@
+import contextlib
+import sqlite3
+
+import pytest
+
+from servers import QUIET, PrefectServer
+
+
+@pytest.fixture(scope="module")
+def prefect_server():
+    """Start Prefect's embedded server with its own database, and use it in this process."""
+    from prefect.testing.utilities import prefect_test_harness
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in QUIET.items():
+            patch.setenv(name, value)
+        with prefect_test_harness(server_startup_timeout=120):
+            yield
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """Start a Prefect server with SQLite in a process. ``server.empty`` is a database without flow runs."""
+    with PrefectServer(tmp_path_factory.mktemp("prefect")) as server:
+        server.empty = server.home / "empty.db"
+        # The files of a database in use are not consistent.
+        with (
+            contextlib.closing(sqlite3.connect(server.home / "prefect.db")) as used,
+            contextlib.closing(sqlite3.connect(server.empty)) as copy,
+        ):
+            used.backup(copy)
+        yield server
