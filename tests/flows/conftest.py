@@ -5,6 +5,9 @@ import pytest
 
 from servers import QUIET, PrefectServer
 
+# The client of a server keeps a connection open, and its pings use `random` in another thread. Hypothesis fails if
+# this happens while it draws an example, so servers end before the tests of other packages.
+
 
 @pytest.fixture(scope="module")
 def prefect_server():
@@ -18,7 +21,7 @@ def prefect_server():
             yield
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def server(tmp_path_factory):
     """Start a Prefect server with SQLite in a process. ``server.empty`` is a database without flow runs."""
     with PrefectServer(tmp_path_factory.mktemp("prefect")) as server:
