@@ -21,7 +21,7 @@ def prefect_server():
             yield
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def server(tmp_path_factory):
     """Start a Prefect server with SQLite in a process. ``server.empty`` is a database without flow runs."""
     with PrefectServer(tmp_path_factory.mktemp("prefect")) as server:
