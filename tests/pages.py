@@ -3,13 +3,13 @@
 import doctest
 import re
 import shlex
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
 from sybil import Sybil
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
+
+from commands import natgrad
 
 ROOT = Path(__file__).parents[1]
 
@@ -26,8 +26,9 @@ def _run(line):
         assert set(arguments[1:]) <= {"--no-deps", name, "numpy", "safetensors"}
     else:
         assert program == "natgrad"
-        command = [Path(sys.executable).with_name(program), *arguments]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        done = natgrad(*arguments)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
     return ""
 
 
