@@ -12,7 +12,9 @@ from natgrad.schema.names import VECTORS, replicate_vectors
 __all__ = [
     "add_replicates",
     "add_segments",
+    "best_ratio",
     "combine",
+    "convert",
     "roundoff_bound",
 ]
 
@@ -114,19 +116,46 @@ def _joined(
     gram: NDArray[np.float64], ratio: NDArray[np.float64], counts: NDArray[np.int64], positions: _Positions
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return the ledgers of tensors with these numbers of consecutive segments; the products are overwritten."""
-    displacement, gradient, residual = positions
+    displacement, gradient, _ = positions
     firsts = np.cumsum(counts) - counts
     along = np.add.reduceat(gram[..., gradient, displacement], firsts, axis=-1)
     square = np.add.reduceat(gram[..., displacement, displacement], firsts, axis=-1)
+    common = best_ratio(along, square)
+    convert(gram, ratio, np.repeat(common, counts, axis=-1), positions)
+    with np.errstate(invalid="ignore", over="ignore"):
+        return np.add.reduceat(gram, firsts, axis=-3), common
+
+
+def best_ratio(along: NDArray[np.float64], square: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the ratio c that minimizes the residual g - c d, from g.d and d.d; 0 if there is none."""
     with np.errstate(all="ignore"):
-        common = along / square
-    common = np.where(np.isfinite(common), common, 0.0)
-    shift = (ratio - np.repeat(common, counts, axis=-1))[..., None]
+        ratio = along / square
+    return np.where(np.isfinite(ratio), ratio, 0.0)
+
+
+def convert(
+    gram: NDArray[np.float64],
+    ratio: NDArray[np.float64],
+    common: NDArray[np.float64],
+    positions: _Positions = _OF_UPDATES,
+) -> None:
+    """Replace the products of residuals with one ratio by those with another ratio.
+
+    Parameters
+    ----------
+    gram : float64 array, shape (..., vectors, vectors)
+        Changed in place.
+    ratio, common : float64 arrays, shape (...)
+        The ratio before and after.
+    positions : (int, int, int)
+        See `combine`.
+    """
+    displacement, _, residual = positions
+    shift = (ratio - common)[..., None]
     with np.errstate(invalid="ignore", over="ignore"):
         gram[..., residual, :] += shift * gram[..., displacement, :]
         gram[..., :, residual] += shift * gram[..., :, displacement]
         # The element r.r receives both terms: r.r + shift d.r, and then shift (r.d + shift d.d).
-        return np.add.reduceat(gram, firsts, axis=-3), common
 
 
 def add_replicates(tensors: int, indices: NDArray[np.int64], gram: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -20,7 +20,7 @@ from natgrad.kernel.ledger_sums import add_segments
 from natgrad.schema.layout import widened
 from natgrad.schema.names import RECORDED_VECTORS, VECTORS
 
-__all__ = ["is_compiled", "portable_products", "refresh_products"]
+__all__ = ["is_compiled", "mark_squares", "portable_products", "refresh_products"]
 
 _BLOCK = 1 << 16
 """Elements that `portable_products` converts to float64 at a time."""
@@ -125,12 +125,23 @@ def _block_products(
         residual = gradient - ratio * displacement if ratio else gradient
         vectors = np.stack([parameter, displacement, gradient, residual])
         gram = vectors @ vectors.T
-    for index, vector in enumerate(vectors):
-        if gram[index, index] == 0.0:
-            gram[index, index] = _NONZERO if vector.any() else 0.0
-        elif not gram[index, index] < math.inf:
-            gram[index, index] = math.inf if np.isfinite(vector).all() else math.nan
+    mark_squares(gram, abs(vectors).max(axis=1))
     return gram, ratio
+
+
+def mark_squares(gram: NDArray[np.float64], largest: NDArray[np.float64]) -> None:
+    """Make the squares of vectors obey the convention of `natgrad.kernel.gram`.
+
+    Parameters
+    ----------
+    gram : float64 array, shape (..., vectors, vectors)
+        Changed in place.
+    largest : float64 array, shape (..., vectors)
+        Largest absolute value of the elements of each vector, NaN if one is NaN.
+    """
+    square = np.einsum("...ii->...i", gram)
+    square[(square == 0.0) & (largest > 0.0)] = _NONZERO
+    square[~(square < math.inf)] = np.where(np.isfinite(largest), math.inf, math.nan)[~(square < math.inf)]
 
 
 def _compiled_products(

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from natgrad.schema.arguments import shown
 from natgrad.schema.errors import InputError
 
-__all__ = ["host_array", "is_tensor", "numbers_of", "tensor_array"]
+__all__ = ["host_array", "is_tensor", "numbers_of", "require_dense", "tensor_array"]
 
 
 def is_tensor(value: Any) -> bool:
@@ -55,7 +55,7 @@ def numbers_of(value: Any) -> Any:
 
     Floats are converted to float64, which represents every number of the other dtypes.
     """
-    if not is_tensor(value) or _problem(value, sys.modules["torch"])[0]:
+    if not is_tensor(value) or hasattr(value, "full_tensor") or _problem(value)[0]:
         return value
     host = value.detach().to("cpu")
     return (host.double() if host.is_floating_point() else host).resolve_conj().resolve_neg().numpy()
@@ -79,9 +79,14 @@ def tensor_array(tensor: Any, where: str, *, copy: bool = False) -> NDArray[Any]
         If the tensor is sparse or distributed, has no values yet, or has a dtype without a NumPy equivalent.
     """
     torch = sys.modules["torch"]
-    problem, remedy = _problem(tensor, torch)
-    if problem:
-        raise InputError(problem, where=where, remedy=remedy)
+    require_dense(tensor, where)
+    if hasattr(tensor, "full_tensor"):
+        raise InputError(
+            "the tensor is distributed (DTensor): this process has only a part of it",
+            where=where,
+            remedy="pass tensor.full_tensor(), record ledgers (natgrad.watch with mode='ledger'), or record the "
+            "checkpoints of the run instead",
+        )
     try:
         host = tensor.detach().to("cpu", copy=copy).resolve_conj().resolve_neg().contiguous()
         if host.dtype is not torch.bfloat16:
@@ -107,17 +112,19 @@ def tensor_array(tensor: Any, where: str, *, copy: bool = False) -> NDArray[Any]
     return array
 
 
-def _problem(tensor: Any, torch: Any) -> tuple[str, str]:
-    """Return why a tensor cannot be converted, and the remedy; empty if it can."""
-    if tensor.layout is not torch.strided:
+def require_dense(tensor: Any, where: str) -> None:
+    """Raise InputError if a PyTorch tensor is sparse or has no values yet."""
+    problem, remedy = _problem(tensor)
+    if problem:
+        raise InputError(problem, where=where, remedy=remedy)
+
+
+def _problem(tensor: Any) -> tuple[str, str]:
+    """Return why a tensor has no dense values, and the remedy; empty if it has."""
+    if tensor.layout is not sys.modules["torch"].strided:
         return (
             f"the tensor is sparse ({tensor.layout})",
             "use dense gradients (sparse=False), or record the other tensors only",
-        )
-    if hasattr(tensor, "full_tensor"):
-        return (
-            "the tensor is distributed (DTensor): this process has only a part of it",
-            "pass tensor.full_tensor(), or record the checkpoints of the run instead",
         )
     if tensor.is_meta or hasattr(tensor, "materialize"):
         return (

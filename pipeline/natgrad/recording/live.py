@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
+from natgrad.schema.names import RECORDED_VECTORS
 from natgrad.theory import geometry
 
 __all__ = ["LastUpdate", "UpdateValues", "last_update"]
-
-_VECTORS = ("parameter", "displacement", "gradient", "residual")
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class LastUpdate:
 
 
 def last_update(
-    step: int, tensors: Iterable[tuple[str, ArrayLike, ArrayLike, ArrayLike]], rates: Mapping[str, float]
+    step: int, gram: NDArray[np.float64], sizes: Sequence[int], rates: Mapping[str, float]
 ) -> LastUpdate:
     """Return the values of an update.
 
@@ -67,38 +66,23 @@ def last_update(
     ----------
     step : int
         Number of updates before it.
-    tensors : iterable of (name, before, after, gradient)
-        Parameters before and after the update, and the gradient before it. One tensor at a time is converted to
-        float64.
+    gram : float64 array, shape (tensors, 4, 4)
+        Inner products of each tensor; see `natgrad.kernel.updates.refresh_products`.
+    sizes : sequence of int
+        Number of elements of each tensor.
     rates : mapping
-        Learning rate of each tensor. That of the model is the largest.
+        Learning rate of each tensor, by name, in the same order. That of the model is the largest.
     """
-    names, pairs, lengths, largest = [], [], [], max(rates.values())
+    largest = max(rates.values())
     if any(map(math.isnan, rates.values())):
         largest = math.nan
-    for name, before, after, gradient in tensors:
-        gram = _products(before, after, gradient)
-        names.append(name)
-        pairs.append([geometry.pair(gram, _VECTORS, rate, np.size(before)) for rate in (rates[name], largest)])
-        lengths.append((gram[0, 0], gram[1, 1]))
-    total = np.sum(lengths, axis=0)
-    values = [_values(pair, *squares) for (pair, _), squares in zip(pairs, lengths, strict=True)]
-    model = geometry.direct_sum([pair for _, pair in pairs])
-    return LastUpdate(step, _values(model, total[0], total[1]), dict(zip(names, values, strict=True)))
-
-
-def _products(before: ArrayLike, after: ArrayLike, gradient: ArrayLike) -> NDArray[np.float64]:
-    """Return the inner products of parameter, displacement, gradient and residual, see `natgrad.kernel.gram`."""
-    parameter, moved, descent = (
-        np.asarray(array).astype(np.float64).ravel() for array in (before, after, gradient)
-    )
-    with np.errstate(all="ignore"):
-        displacement = moved - parameter
-        ratio = (descent @ displacement) / (displacement @ displacement)
-        residual = descent - (ratio if math.isfinite(ratio) else 0.0) * displacement
-        vectors = np.stack([parameter, displacement, descent, residual])
-        products: NDArray[np.float64] = vectors @ vectors.T
-    return products
+    tensors, pairs = {}, []
+    for (name, rate), products, size in zip(rates.items(), gram, sizes, strict=True):
+        own, shared = (geometry.pair(products, RECORDED_VECTORS, one, size) for one in (rate, largest))
+        tensors[name] = _values(own, products[0, 0], products[1, 1])
+        pairs.append(shared)
+    squares = np.sum([np.diagonal(products)[:2] for products in gram], axis=0)
+    return LastUpdate(step, _values(geometry.direct_sum(pairs), *squares), tensors)
 
 
 def _values(pair: geometry.Pair, parameter_square: float, displacement_square: float) -> UpdateValues:

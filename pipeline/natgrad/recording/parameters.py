@@ -34,13 +34,12 @@ class Selection:
         """Return a number for each parameter that changes when its values are set."""
         return [parameter._version for parameter in self.trained.values()]
 
-    def rates(self, optimizer: Any) -> dict[str, float]:
-        """Return the learning rate of each parameter, NaN if the optimizer has none."""
-        rates = {
-            id(parameter): math.nan if group.get("lr") is None else float(group["lr"])
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-        }
+    def rates(self, optimizer: Any) -> dict[str, tuple[int, float]]:
+        """Return the group of each parameter and its learning rate, NaN if the optimizer has none."""
+        rates: dict[int, tuple[int, float]] = {}
+        for index, group in enumerate(optimizer.param_groups):
+            rate = math.nan if group.get("lr") is None else float(group["lr"])
+            rates |= {id(parameter): (index, rate) for parameter in group["params"]}
         return {name: rates[id(parameter)] for name, parameter in self.trained.items()}
 
     def changes(self, optimizer: Any) -> str | None:

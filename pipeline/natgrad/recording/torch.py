@@ -17,23 +17,22 @@ import sys
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
-from natgrad.recording.arrays import is_tensor, tensor_array
-from natgrad.recording.background import BackgroundWriter
-from natgrad.recording.live import LastUpdate, last_update
+from natgrad.recording.arrays import is_tensor
+from natgrad.recording.ledgers import LedgerRecording
+from natgrad.recording.live import LastUpdate
 from natgrad.recording.parameters import Model, Names, Selection, parameters_of, shapes_of
-from natgrad.recording.recorder import Recorder
+from natgrad.recording.shards import Shards, is_sharded
+from natgrad.recording.states import StateRecording
+from natgrad.recording.updates import Recording, Update
 from natgrad.schema.arguments import number, real_array, shown
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import MEBIBYTE
 from natgrad.schema.logs import logger
+from natgrad.schema.names import EVALUATIONS
 
 __all__ = ["Optimizer", "Watch", "watch"]
 
@@ -56,47 +55,16 @@ class Optimizer(Protocol):
         ...
 
 
-@dataclass
-class _State:
-    """The state before an update, copied before the step of each optimizer that makes the update.
-
-    Attributes
-    ----------
-    number : int
-        Number of updates before it.
-    loss, closure_loss : object
-        The loss from `Watch.log`, and that from the closure.
-    parameter, gradient : dict
-        Arrays by name.
-    rates : dict
-        Learning rate of each parameter, NaN if the optimizer has none.
-    started, stepped : set of int
-        Optimizers that started and completed their step.
-    """
-
-    number: int
-    loss: Any = None
-    closure_loss: Any = None
-    parameter: dict[str, NDArray[Any]] = field(default_factory=dict)
-    gradient: dict[str, NDArray[Any]] = field(default_factory=dict)
-    rates: dict[str, float] = field(default_factory=dict)
-    started: set[int] = field(default_factory=set)
-    stepped: set[int] = field(default_factory=set)
-
-    @property
-    def size(self) -> int:
-        """Size in bytes."""
-        return sum(array.nbytes for arrays in (self.parameter, self.gradient) for array in arrays.values())
-
-
 def watch(
     optimizer: Optimizer | Sequence[Optimizer],
     folder: str | Path,
     *,
     model: Model | None = None,
+    mode: str = "full",
     parameters: str | Sequence[str] | None = None,
     every: int = 1,
     first_step: int | None = None,
+    evaluation: str = "unknown",
     on_error: str = "warn",
     buffer_bytes: int = 1024 * MEBIBYTE,
 ) -> Watch:
@@ -116,6 +84,9 @@ def watch(
     model : torch.nn.Module, optional
         Model with the names of the parameters. Without it, they are those that the optimizer was created with
         (``named_parameters``), or numbers.
+    mode : {"full", "ledger"}
+        Record complete states, or only the inner products of the parameters, the displacement and the gradient of
+        each tensor, which take 88 bytes per tensor and update.
     parameters : str or sequence of str, optional
         Patterns of the names of the parameters to record, with the wildcards ``*``, ``?`` and ``[...]``. Default:
         all parameters that require a gradient at the first step.
@@ -125,6 +96,9 @@ def watch(
     first_step : int, optional
         Number of updates before the first recorded state, to continue the log of a training run that was resumed.
         Steps that are recorded again are replaced. Default: 0, in a folder without steps.
+    evaluation : {"batch", "fixed", "unknown"}
+        In a log of ledgers: declare that the losses and gradients of steps belong to changing mini-batches, or to
+        one objective. For states, this is an option of `natgrad.process`.
     on_error : {"warn", "raise"}
         With "warn", an error ends the recording with a warning, and the training continues. With "raise", it
         is raised in the training loop.
@@ -164,8 +138,15 @@ def watch(
             remedy="pip install torch; natgrad.Recorder records NumPy arrays without it",
         ) from error
     optimizers = [_unwrapped(one, torch) for one in _listed(optimizer)]
-    if on_error not in ("warn", "raise"):
-        raise InputError(f"on_error must be 'warn' or 'raise', got {shown(on_error)}", where="argument on_error")
+    _require_choice("on_error", on_error, ("warn", "raise"))
+    _require_choice("mode", mode, ("full", "ledger"))
+    _require_choice("evaluation", evaluation, EVALUATIONS)
+    if mode == "full" and evaluation != "unknown":
+        raise InputError(
+            "evaluation applies only to ledgers",
+            where="argument evaluation",
+            remedy="pass it to natgrad.process (--evaluation)",
+        )
     try:
         start = number(0 if first_step is None else first_step, int, minimum=0)
         limit, interval = number(buffer_bytes, int, minimum=0), number(every, int, minimum=1)
@@ -184,11 +165,19 @@ def watch(
         )
     names = Names(model, patterns)
     names.select(optimizers)
-    rank = torch.distributed.get_rank() if _is_distributed(torch) else 0
-    recorder = Recorder(folder, resume=first_step is not None) if rank == 0 else None
-    if recorder is not None:
-        _declare_span(recorder.folder, interval, resume=first_step is not None)
-    return Watch(optimizers, names, recorder, start, interval, raises=on_error == "raise", limit=limit)
+    resume = first_step is not None
+    distributed = _is_distributed(torch)
+    _require_known_parallelism(model)
+    recording: Recording | None = None
+    if mode == "ledger":
+        every_parameter = [parameter for one in optimizers for parameter in parameters_of(one)]
+        sharded = distributed and any(map(is_sharded, every_parameter))
+        shards = Shards(every_parameter) if sharded else None
+        if shards is not None or not distributed or torch.distributed.get_rank() == 0:
+            recording = LedgerRecording(folder, interval, resume=resume, evaluation=evaluation, shards=shards)
+    elif not distributed or torch.distributed.get_rank() == 0:
+        recording = StateRecording(folder, interval, resume=resume, limit=limit)
+    return Watch(optimizers, names, recording, start, raises=on_error == "raise")
 
 
 class Watch:
@@ -206,36 +195,26 @@ class Watch:
     """
 
     def __init__(
-        self,
-        optimizers: Sequence[Any],
-        names: Names,
-        recorder: Recorder | None,
-        start: int,
-        every: int,
-        *,
-        raises: bool,
-        limit: int,
+        self, optimizers: Sequence[Any], names: Names, recording: Recording | None, start: int, *, raises: bool
     ) -> None:
-        self._optimizers, self._names, self._recorder = optimizers, names, recorder
-        self._next, self._every, self._raises, self._process = start, every, raises, os.getpid()
+        self._optimizers, self._names, self._recording = optimizers, names, recording
+        self._next, self._raises, self._process = start, raises, os.getpid()
         self._selections: list[Selection] = []
-        self._grouped = False
-        self._state: _State | None = None
+        self._update: Update | None = None
         self._next_loss: Any = None
         self._versions: dict[int, list[int]] = {}
         self._others: weakref.WeakSet[Any] = weakref.WeakSet()
         self._steps_of_others = 0
         self._reported: set[str] = set()
-        self.active, self.recorded, self.skipped = recorder is not None, 0, 0
+        self.active, self.recorded, self.skipped = recording is not None, 0, 0
         self._handles: list[Any] = []
-        if recorder is None:
+        if recording is None:
             return
-        self._writer = BackgroundWriter(self._write, limit)
         self._register()
         atexit.register(self.close)
 
     def __repr__(self) -> str:
-        folder = "" if self._recorder is None else str(self._recorder.folder)
+        folder = "" if self._recording is None else str(self._recording.folder)
         return f"Watch({folder!r}, active={self.active}, recorded={self.recorded})"
 
     def __enter__(self) -> Watch:
@@ -249,7 +228,7 @@ class Watch:
     @property
     def seconds_waited(self) -> float:
         """Time for which the training waited for the disk."""
-        return 0.0 if self._recorder is None else self._writer.seconds_waited
+        return 0.0 if self._recording is None else self._recording.seconds_waited
 
     @property
     def last(self) -> LastUpdate | None:
@@ -259,18 +238,13 @@ class Watch:
         parameters. None before the first complete step, after the end of the recording, and if the parameters were
         changed after the step.
         """
-        state = self._state
-        if not self._works() or state is None or not self._is_complete(state):
+        update, recording = self._update, self._recording
+        if recording is None or not self._works() or update is None or not self._is_complete(update):
             return None
         try:
             if any(self._versions[index] != one.versions() for index, one in enumerate(self._selections)):
                 return None
-            parameters = {name: one for selection in self._selections for name, one in selection.trained.items()}
-            tensors = (
-                (name, before, tensor_array(parameters[name], f"parameter {name!r}"), state.gradient[name])
-                for name, before in state.parameter.items()
-            )
-            return last_update(state.number, tensors, state.rates)
+            return recording.last(update, self._selections)
         except Exception as error:
             self._fail(error)
             return None
@@ -291,13 +265,13 @@ class Watch:
             return
         try:
             value = _loss(loss)
-            state = self._state
-            if after and state is None:
+            update = self._update
+            if after and update is None:
                 raise InputError("no step has been taken yet", where="after=True", remedy="omit after=True")
-            if state is not None and (after or len(state.stepped) < len(self._optimizers)):
-                if state.loss is not None and _stepping():
+            if update is not None and (after or len(update.stepped) < len(self._optimizers)):
+                if update.loss is not None and _stepping():
                     return  # a later evaluation of the closure, at other parameters
-                previous, state.loss = state.loss, value
+                previous, update.loss = update.loss, value
             else:
                 previous, self._next_loss = self._next_loss, value
             if previous is not None:
@@ -308,19 +282,18 @@ class Watch:
             self._report("loss", "a loss was not recorded: %s", error)
 
     def close(self) -> None:
-        """Write the states that wait, and end the recording. The optimizer is not changed."""
-        if self._recorder is None or self._process != os.getpid():
+        """Write what waits, and end the recording. The optimizer is not changed."""
+        if self._recording is None or self._process != os.getpid():
             return
         atexit.unregister(self.close)
         try:
             if self.active:
-                self._finish_state()
+                self._finish_update()
             self._end()
-            self._writer.close()
-            if self._writer.error is not None and "failure" not in self._reported:
-                raise self._writer.error
+            self._recording.close()
         except Exception as error:
-            self._fail(error)
+            if "failure" not in self._reported:
+                self._fail(error)
 
     # Hooks ----------------------------------------------------------------------------------------------------
 
@@ -351,20 +324,27 @@ class Watch:
 
     def _after(self, index: int, optimizer: Any, args: Any, kwargs: Any) -> None:
         """Complete the step of an optimizer."""
-        if not self._works() or self._state is None or _is_nested(optimizer):
+        update, recording = self._update, self._recording
+        if recording is None or not self._works() or update is None or _is_nested(optimizer):
             return
         try:
             found = getattr(optimizer, "found_inf", None)
             if found is not None and float(found) > 0:
-                self.skipped += 1
-            self._state.stepped.add(index)
-            self._versions[index] = self._selections[index].versions()
+                self.skipped += not update.skipped
+                update.skipped = True
+            selection = self._selections[index]
+            self._versions[index] = selection.versions()
+            if recording.includes(update.number) and index in update.evaluated:
+                recording.after(update, selection)
+            if len(update.stepped | {index}) == len(self._optimizers):
+                recording.complete(update)
+            update.stepped.add(index)
         except Exception as error:
             self._fail(error)
 
     def _reloaded(self, optimizer: Any) -> None:
         """End the recording if the optimizer is set to another state of the run."""
-        if self._works() and self._state is not None:
+        if self._works() and self._update is not None:
             self._fail(
                 InputError(
                     "the state of the optimizer was replaced (load_state_dict)",
@@ -397,69 +377,75 @@ class Watch:
         except Exception as error:
             self._fail(error)
 
-    # States ---------------------------------------------------------------------------------------------------
+    # Updates --------------------------------------------------------------------------------------------------
 
     def _copy(self, index: int, optimizer: Any, args: Any, kwargs: Any) -> Any:
+        assert self._recording is not None
         _require_no_graph_capture()
         if not self._selections:
             self._selections = self._names.select(self._optimizers)
-            self._grouped = sum(len(one.param_groups) for one in self._optimizers) > 1
         selection = self._selections[index]
         if (text := selection.changes(optimizer)) is not None:
             self._report(
                 "tensors", "%s: it is not recorded, because all steps of a log have the same tensors", text
             )
-        if self._versions.get(index, selection.versions()) != selection.versions():
+        changed = self._versions.get(index, selection.versions()) != selection.versions()
+        if changed:
             self._report(
                 "versions",
-                "parameters were changed between two steps (load_state_dict, or a projection of weights): the "
-                "change counts as a part of the update before it",
+                "parameters were changed between two steps (load_state_dict, or a projection of weights): %s",
+                self._recording.meaning_of_changes,
             )
-        state = self._state
-        if state is None or index in state.started:
-            self._finish_state()
-            state = self._state = _State(self._next, self._next_loss)
+        update = self._update
+        if update is None or index in update.started:
+            self._finish_update()
+            update = self._update = Update(self._next, self._next_loss)
             self._next, self._next_loss = self._next + 1, None
-        state.started.add(index)
-        if not self._is_recorded(state):
+        update.started.add(index)
+        if not self._recording.includes(update.number):
             return None
-        for name, parameter in selection.trained.items():
-            state.parameter[name] = tensor_array(parameter, f"parameter {name!r}", copy=True)
-        state.rates |= selection.rates(optimizer)
+        first = sum(len(one.param_groups) for one in self._optimizers[:index])
+        for name, (group, rate) in selection.rates(optimizer).items():
+            update.groups[name], update.rates[name] = first + group, rate
+        self._recording.before(update, selection, changed=changed)
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if not callable(closure):
-            self._copy_gradients(state, index, optimizer)
+            self._take_gradients(update, index, optimizer)
             return None
-        wrapped = self._with_copy(closure, state, index, optimizer)
+        wrapped = self._with_gradients(closure, update, index, optimizer)
         if "closure" in kwargs:
             return args, {**kwargs, "closure": wrapped}
         return (args[0], wrapped, *args[2:]), kwargs
 
-    def _with_copy(
-        self, closure: Callable[..., Any], state: _State, index: int, optimizer: Any
+    def _with_gradients(
+        self, closure: Callable[..., Any], update: Update, index: int, optimizer: Any
     ) -> Callable[..., Any]:
-        """Return a closure that copies the gradients after its first evaluation."""
-        evaluated = False
+        """Return a closure that takes the gradients after its first evaluation."""
 
         @functools.wraps(closure)
         def evaluate(*args: Any, **kwargs: Any) -> Any:
-            nonlocal evaluated
-            value = closure(*args, **kwargs)
-            if not evaluated and self._works():
-                evaluated = True
+            first = index not in update.evaluated
+            if not first and self._works():
                 try:
-                    self._copy_gradients(state, index, optimizer)
-                    state.closure_loss = None if value is None else _loss(value)
+                    assert self._recording is not None
+                    self._recording.evaluated_again(update, self._selections[index])
+                except Exception as error:
+                    self._fail(error)
+            value = closure(*args, **kwargs)
+            if first and self._works():
+                try:
+                    self._take_gradients(update, index, optimizer)
+                    update.closure_loss = None if value is None else _loss(value)
                 except Exception as error:
                     self._fail(error)
             return value
 
         return evaluate
 
-    def _copy_gradients(self, state: _State, index: int, optimizer: Any) -> None:
+    def _take_gradients(self, update: Update, index: int, optimizer: Any) -> None:
+        assert self._recording is not None
         trained = self._selections[index].trained
-        scale = getattr(optimizer, "grad_scale", None)
-        if all(parameter.grad is None for parameter in trained.values()):
+        if trained and all(parameter.grad is None for parameter in trained.values()):
             raise InputError(
                 "no parameter of the optimizer has a gradient when it steps",
                 why="zero_grad was called before the step, or the trainer keeps gradients elsewhere (DeepSpeed, "
@@ -467,66 +453,41 @@ class Watch:
                 remedy="call zero_grad after the step or before the backward pass; for these trainers, process "
                 "their checkpoints instead (natgrad formats)",
             )
-        for name, parameter in trained.items():
-            if parameter.grad is None:
-                # The loss does not depend on this parameter, and the optimizer does not change it.
-                state.gradient[name] = np.zeros_like(state.parameter[name])
-                continue
-            array = tensor_array(parameter.grad, f"gradient {name!r}", copy=True)
-            if scale is not None:
-                # The scale is a power of two: the quotient is exact unless it is subnormal.
-                array = array.astype(np.promote_types(array.dtype, np.float32)) / np.float32(scale)
-            state.gradient[name] = array
+        self._recording.evaluated(update, optimizer, self._selections[index])
+        update.evaluated.add(index)
 
-    def _finish_state(self) -> None:
-        """Pass the state before the last update to the writer."""
-        state, self._state = self._state, None
-        if state is None or not self._is_recorded(state):
+    def _finish_update(self) -> None:
+        """Write the last update."""
+        update, self._update = self._update, None
+        recording = self._recording
+        if recording is None or update is None or not recording.includes(update.number):
             return
-        if not self._is_complete(state):
+        if not self._is_complete(update):
             self._report(
                 "incomplete",
                 "step %d and other incomplete steps are not recorded: an optimizer took no step (if this is "
                 "intended, watch each optimizer with its own folder), its step failed, or it did not evaluate its "
                 "closure",
-                state.number,
+                update.number,
             )
             return
-        waited = self._writer.seconds_waited
-        self._writer.put(state, state.size)
+        waited = recording.seconds_waited
+        recording.write(update)
         self.recorded += 1
-        waited = self._writer.seconds_waited - waited
+        waited = recording.seconds_waited - waited
         if waited > _LONG_WAIT:
             self._report(
                 "wait",
                 "the training waited %.1f s for the disk at step %d, and will again: the states are written more "
                 "slowly than the optimizer steps (record fewer parameters, or use a faster disk)",
                 waited,
-                state.number,
+                update.number,
             )
 
-    def _is_recorded(self, state: _State) -> bool:
-        """Return True for the states before and after every n-th update."""
-        return state.number % self._every < 2
-
-    def _is_complete(self, state: _State) -> bool:
-        return (
-            self._is_recorded(state)
-            and len(state.stepped) == len(self._optimizers)
-            and len(state.gradient) == len(state.parameter)
-        )
-
-    def _write(self, state: _State) -> None:
-        """Write a state, in the thread of the writer."""
-        assert self._recorder is not None
-        rates: dict[str, float] | float | None = state.rates
-        if not self._grouped:
-            (rate,) = set(state.rates.values())
-            rates = None if np.isnan(rate) else rate
-        loss = state.closure_loss if state.loss is None else state.loss
-        self._recorder.record(
-            state.number, parameter=state.parameter, gradient=state.gradient, loss=loss, learning_rate=rates
-        )
+    def _is_complete(self, update: Update) -> bool:
+        assert self._recording is not None
+        every = set(range(len(self._optimizers)))
+        return self._recording.includes(update.number) and every == update.stepped == update.evaluated
 
     def _require_other_parameters(self, optimizer: Any) -> None:
         watched = {id(parameter) for one in self._optimizers for parameter in parameters_of(one)}
@@ -550,32 +511,53 @@ class Watch:
             _log.warning(text, *args)
 
     def _fail(self, error: Exception) -> None:
-        """End the recording because of an error, and report it. A complete state before the error is valid."""
-        if self._state is not None and self._is_complete(self._state):
+        """End the recording because of an error, and report it. A complete update before the error is valid."""
+        assert self._recording is not None
+        if self._update is not None and self._is_complete(self._update):
             with suppress(Exception):  # the error of the writer, which is this one or follows from it
-                self._finish_state()
+                self._finish_update()
         self._end()
-        self._reported.add("failure")
+        if "failure" not in self._reported:
+            self._reported.add("failure")
+            self._recording.abort()
         if self._raises:
             raise error
-        assert self._recorder is not None
         unexpected = None if isinstance(error, InputError | OSError) else error
         _log.warning(
             "the recording into %s has ended at step %d, but the training continues: %s",
-            self._recorder.folder,
+            self._recording.folder,
             max(self._next - 1, 0),
             error,
             exc_info=unexpected,
         )
 
     def _end(self) -> None:
-        self.active, self._state = False, None
+        self.active, self._update = False, None
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
 
 # Arguments --------------------------------------------------------------------------------------------------------
+
+
+def _require_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise InputError(
+            f"{name} must be {' or '.join(map(repr, choices))}, got {shown(value)}", where=f"argument {name}"
+        )
+
+
+def _require_known_parallelism(model: Any) -> None:
+    """Refuse models whose parameters are parts of flat tensors, which have neither names nor shapes."""
+    modules = model.modules() if callable(getattr(model, "modules", None)) else ()
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in modules):
+        raise InputError(
+            "the model is sharded by FullyShardedDataParallel (FSDP1)",
+            where="argument model",
+            why="its processes have parts of flattened parameters, whose boundaries are not those of tensors",
+            remedy="use torch.distributed.fsdp.fully_shard (FSDP2), or record the checkpoints of the run instead",
+        )
 
 
 def _listed(optimizer: Any) -> list[Any]:
@@ -617,22 +599,6 @@ def _stepping() -> list[Any]:
 def _is_nested(optimizer: Any) -> bool:
     """Return True in the hooks of ``super().step()``, if the step of a subclass calls it: both calls have hooks."""
     return sum(one is optimizer for one in _stepping()) > 1
-
-
-def _declare_span(folder: Path, every: int, *, resume: bool) -> None:
-    """State in the mapping file of the log that updates lead only from one step to the next."""
-    path, text = folder / "natgrad.toml", "step_span = 1\n"
-    present = path.read_text() if path.exists() else ""
-    if every > 1 and not present and not (resume and any(folder.glob("step_*"))):
-        path.write_text("# Pairs of states, before and after single updates.\n" + text)
-    elif (every > 1) != (text.strip() in present):
-        raise InputError(
-            f"every={every} does not fit the log in the folder",
-            where=str(path),
-            why="step_span = 1 in this file states that the log contains pairs of states, and its absence that it "
-            "contains all states",
-            remedy="use another folder, or the value of every of the existing log",
-        )
 
 
 def _is_distributed(torch: Any) -> bool:
