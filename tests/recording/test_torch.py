@@ -14,7 +14,9 @@ import xarray as xr
 
 import natgrad
 from lazy import Lazy
+from natgrad.kernel.updates import refresh_products
 from natgrad.schema.errors import InputError
+from natgrad.sources.ledger_log import LedgerLog
 
 torch = Lazy("torch")
 safetensors_torch = Lazy("safetensors.torch")
@@ -95,6 +97,72 @@ def require_states(log, states):
     return found
 
 
+class both:
+    """Watch in both modes, and compare the ledgers with the products of the recorded states, bit for bit."""
+
+    def __init__(self, optimizer, folder, model=None, **options):
+        self.model, self.folder, self.ledgers = model, folder, folder.with_name(f"{folder.name}-ledgers")
+        self.optimizers = optimizer if isinstance(optimizer, list) else [optimizer]
+        self.full = natgrad.watch(optimizer, folder, model=model, **options)
+        self.ledger = natgrad.watch(optimizer, self.ledgers, model=model, mode="ledger", **options)
+        self.angles = {}
+
+    def __enter__(self):
+        return self
+
+    def log(self, **arguments):
+        self.full.log(**arguments)
+        self.ledger.log(**arguments)
+
+    def __getattr__(self, name):
+        values = {getattr(watch, name) for watch in (self.full, self.ledger)}
+        assert len(values) == 1, (name, values)
+        return values.pop()
+
+    def __exit__(self, *exception):
+        last = {name: values.angle for name, values in self.ledger.last.tensors.items()} if self.ledger.last else {}
+        names = getattr(self.model, "_orig_mod", self.model)
+        now = {name.removeprefix("module."): value for name, value in snapshot(names).items()}
+        self.full.close()
+        self.ledger.close()
+        states, found = read(self.folder), list(updates_of(self.ledgers))
+        assert [update["step"] for update in found] == list(states)
+        for update in found:
+            state = states[update["step"]]
+            if update["step"] < max(states) and update["step"] + 1 not in states:
+                continue  # an incomplete step follows, so that the state after the update is not recorded
+            after = states.get(update["step"] + 1, {"parameter": now})["parameter"]
+            names = list(update["gram"])
+            assert sorted(names) == sorted(state["parameter"])
+            before, gradients = state["parameter"], state["gradient"]
+            arrays = [[one[name].numpy().ravel().copy() for name in names] for one in (before, after, gradients)]
+            expected, ratio = refresh_products(*arrays)
+            np.testing.assert_array_equal(list(update["gram"].values()), expected)
+            np.testing.assert_array_equal(list(update["ratio"].values()), ratio)
+            np.testing.assert_equal(update["loss"], state.get("loss", np.nan))
+            rates = {float(value) for key, value in state["texts"].items() if key.endswith("/lr")}
+            assert set(update["rates"].values()) == (rates or {state["learning_rate"]})
+            assert update["skipped"] == (not all(gradient.isfinite().all() for gradient in gradients.values()))
+        assert not last or last.keys() == found[-1]["gram"].keys()
+
+
+def updates_of(folder):
+    """Yield the updates of a log of ledgers."""
+    log = LedgerLog(folder)
+    for block in log.updates():
+        for index, step in enumerate(block.steps):
+            yield {
+                "step": int(step),
+                "attempt": block.attempt,
+                "skipped": bool(block.skipped[index]),
+                "loss": float(block.loss[index]),
+                **{
+                    kind: dict(zip(log.layout.names, getattr(block, kind)[index], strict=True))
+                    for kind in ("gram", "ratio", "rates")
+                },
+            }
+
+
 OPTIMIZERS = {
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1),
     "sgd-foreach": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, foreach=True),
@@ -111,7 +179,7 @@ def test_plain_steps(tmp_path, name):
     model = make_model()
     optimizer = OPTIMIZERS[name](model.parameters())
     states = {}
-    with natgrad.watch(optimizer, tmp_path / "log", model=model) as watch:
+    with both(optimizer, tmp_path / "log", model=model) as watch:
         for step in range(4):
             optimizer.zero_grad()
             loss = loss_of(model, step)
@@ -131,7 +199,7 @@ def test_clipped_gradients_are_recorded_as_the_optimizer_uses_them(tmp_path, kin
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     states = {}
-    with natgrad.watch(optimizer, tmp_path, model=model):
+    with both(optimizer, tmp_path, model=model):
         for step in range(3):
             optimizer.zero_grad()
             loss_of(model, step).backward()
@@ -153,7 +221,7 @@ def test_accumulated_gradients_are_one_step(tmp_path):
     model = make_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     states = {}
-    with natgrad.watch(optimizer, tmp_path, model=model):
+    with both(optimizer, tmp_path, model=model):
         for step in range(3):
             for part in range(3):
                 (loss_of(model, 3 * step + part) / 3).backward()
@@ -172,7 +240,7 @@ def test_scaled_gradients_are_recorded_without_the_scale(tmp_path, name, unscale
     model = make_model()
     optimizer, scaler = OPTIMIZERS[name](model.parameters()), torch.amp.GradScaler("cpu", init_scale=1024.0)
     states, calls = {}, 0
-    with natgrad.watch(optimizer, tmp_path, model=model) as watch:
+    with both(optimizer, tmp_path, model=model) as watch:
         for step in range(5):
             overflows = step == 2
             optimizer.zero_grad()
@@ -208,7 +276,7 @@ def test_the_gradient_of_a_closure_is_that_of_its_first_evaluation(tmp_path, nam
     make = OPTIMIZERS | {"lbfgs": lambda parameters: torch.optim.LBFGS(parameters, lr=0.1, max_iter=3)}
     optimizer = make[name](model.parameters())
     states, evaluations, returned = {}, 0, []
-    with natgrad.watch(optimizer, tmp_path, model=model) as watch:
+    with both(optimizer, tmp_path, model=model) as watch:
         for step in range(3):
 
             def closure(step=step):
@@ -237,7 +305,7 @@ def test_a_step_that_fails_is_not_recorded(tmp_path, caplog):
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     states = {}
-    with natgrad.watch(optimizer, tmp_path, model=model):
+    with both(optimizer, tmp_path, model=model):
         for step in range(3):
 
             def closure(step=step):
@@ -268,7 +336,7 @@ def test_the_wrapper_of_accelerate_is_unwrapped(tmp_path):
     model = make_model()
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.1))
     states = {}
-    with natgrad.watch(optimizer, tmp_path, model=model):
+    with both(optimizer, tmp_path, model=model):
         for step in range(6):
             with accelerator.accumulate(model):
                 accelerator.backward(loss_of(model, step))
@@ -285,7 +353,7 @@ def test_a_compiled_step_is_recorded(tmp_path):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     states = {}
     step_of_optimizer = torch.compile(optimizer.step, backend="aot_eager")
-    with natgrad.watch(optimizer, tmp_path, model=torch.compile(model, backend="eager")):
+    with both(optimizer, tmp_path, model=torch.compile(model, backend="eager")):
         for step in range(4):
             optimizer.zero_grad()
             loss_of(model, step).backward()
@@ -305,7 +373,7 @@ def test_a_rule_that_changes_gradients_is_recorded_with_those_before(tmp_path):
     model = make_model()
     optimizer = Clears(model.parameters(), lr=0.1)
     states = {}
-    with natgrad.watch(optimizer, tmp_path, model=model):
+    with both(optimizer, tmp_path, model=model):
         for step in range(3):
             loss_of(model, step).backward()
             states[step] = snapshot(model), by_hand(snapshot(model), step)[1]
@@ -321,7 +389,7 @@ def test_several_optimizers_with_groups_make_one_update(tmp_path):
     first = torch.optim.AdamW(groups)
     second = torch.optim.SGD(model[2].parameters(), lr=0.25)
     scheduler = torch.optim.lr_scheduler.StepLR(second, 1, 0.5)
-    with natgrad.watch([first, second], tmp_path / "log", model=model) as watch:
+    with both([first, second], tmp_path / "log", model=model) as watch:
         states, gradients = [], []
         for _ in range(4):
             loss = model(torch.ones(3)).square().sum()
@@ -350,7 +418,7 @@ def test_several_optimizers_with_groups_make_one_update(tmp_path):
 def test_an_optimizer_that_steps_less_often_is_reported(tmp_path, caplog):
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
     often, seldom = (torch.optim.SGD(part.parameters(), lr=0.1) for part in model)
-    with natgrad.watch([often, seldom], tmp_path, model=model):
+    with both([often, seldom], tmp_path, model=model):
         for step in range(4):
             model(torch.ones(3)).sum().backward()
             often.step()
@@ -377,7 +445,7 @@ def test_frozen_tied_unused_and_late_parameters(tmp_path, caplog):
     model["frozen"].requires_grad_(False)
     late = torch.nn.Linear(5, 5, bias=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with natgrad.watch(optimizer, tmp_path, model=model) as watch:
+    with both(optimizer, tmp_path, model=model) as watch:
         for step in range(4):
             if step == 1:
                 model["late"] = late
@@ -401,7 +469,7 @@ def test_a_parameter_that_requires_a_gradient_later_is_reported(tmp_path, caplog
     model = make_model()
     model.bias.requires_grad_(False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with natgrad.watch(optimizer, tmp_path, model=model):
+    with both(optimizer, tmp_path, model=model):
         for step in range(3):
             model.bias.requires_grad_(step > 0)
             loss_of(model, step).backward()

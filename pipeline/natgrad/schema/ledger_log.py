@@ -129,7 +129,10 @@ class LedgerHeader:
         if found.pop("version") != VERSION:
             raise ValueError("another version of natgrad wrote it")
         tensors = tuple(RecordedTensor(**{**one, "shape": tuple(one["shape"])}) for one in found.pop("tensors"))
-        return cls(tensors, vectors=tuple(found.pop("vectors")), **found), start + length
+        header = cls(tensors, vectors=tuple(found.pop("vectors")), **found)
+        if header.vectors != RECORDED_VECTORS or any(one.group not in range(header.groups) for one in tensors):
+            raise ValueError("its header describes no such log")
+        return header, start + length
 
 
 def packed(gram: NDArray[np.float64]) -> NDArray[np.float64]:
