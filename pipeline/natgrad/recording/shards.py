@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -75,7 +76,7 @@ class Shards:
             if is_sharded(parameter):
                 _require_parts(parameter, processes)
         self._group = distributed.new_group(backend="gloo", timeout=datetime.timedelta(seconds=_SECONDS))
-        self._ended = False
+        self._ended, self._pending = False, None
 
     def add(self, ledgers: dict[str, Any], parameters: Mapping[str, Any]) -> None:
         """Replace the ledgers of the parts in this process by those of the tensors.
@@ -120,22 +121,26 @@ class Shards:
             self._ended = True
             flag = np.zeros(1 + 2 * self._limit)
             flag[0] = 1.0
-            try:
-                self._sum(flag)
-            except Exception:  # they have ended as well, or do not answer; this process reports its own error
-                return
+            # The others may wait for this process before they reach their next update.
+            with suppress(Exception):  # they have ended as well
+                self._pending = self._start(flag)
 
     def _sum(self, array: NDArray[np.float64]) -> Any:
-        import torch
-        from torch import distributed
-
-        tensor = torch.from_numpy(np.ascontiguousarray(array))
         try:
-            distributed.all_reduce(tensor, group=self._group)
+            tensor, work = self._start(array)
+            work.wait()
         except Exception:
             self._ended = True
             raise
         return tensor.numpy()
+
+    def _start(self, array: NDArray[np.float64]) -> Any:
+        """Start a reduction, and return the tensor with its result and what to wait for."""
+        import torch
+        from torch import distributed
+
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        return tensor, distributed.all_reduce(tensor, group=self._group, async_op=True)
 
 
 def _require_parts(parameter: Any, processes: int) -> None:
