@@ -2,7 +2,8 @@
 
 A file ``ledger_<k>.log`` consists of a header and records of one size, in little-endian byte order::
 
-    header    16 bytes of `MAGIC`, the length and the CRC-32 of the description (uint32), the description (JSON)
+    header    16 bytes of `MAGIC`; length of the description, its complement, and CRC-32 of the description
+              (uint32); the description (JSON)
     record    one for each update, with the fields of `LedgerHeader.record`; the last is the CRC-32 of the others
 
 A file is only appended to, so that a reader may use every record whose checksum is correct. The header and a record
@@ -28,6 +29,7 @@ __all__ = ["SKIPPED", "LedgerHeader", "RecordedTensor", "is_valid", "ledger_file
 
 MAGIC = b"natgrad ledgers\n"
 VERSION = 1
+_MASK = 0xFFFFFFFF
 
 SKIPPED = 1
 """Flag of an update that the optimizer skipped, because a gradient was not finite."""
@@ -103,7 +105,7 @@ class LedgerHeader:
     def to_bytes(self) -> bytes:
         """Return the header of a file."""
         text = json.dumps({"version": VERSION, **asdict(self)}).encode()
-        return MAGIC + np.array([len(text), zlib.crc32(text)], "<u4").tobytes() + text
+        return MAGIC + np.array([len(text), ~len(text) & _MASK, zlib.crc32(text)], "<u4").tobytes() + text
 
     @classmethod
     def from_bytes(cls, data: bytes) -> tuple[LedgerHeader, int] | None:
@@ -116,10 +118,12 @@ class LedgerHeader:
         """
         if not data.startswith(MAGIC[: len(data)]):
             raise ValueError("it does not start as a log of ledgers")
-        start = len(MAGIC) + 8
+        start = len(MAGIC) + 12
         if len(data) < start:
             return None
-        length, checksum = (int(word) for word in np.frombuffer(data, "<u4", 2, len(MAGIC)))
+        length, complement, checksum = (int(word) for word in np.frombuffer(data, "<u4", 3, len(MAGIC)))
+        if length ^ complement != _MASK:  # otherwise a damaged length could look like an incomplete header
+            raise ValueError("the length of its header is wrong")
         text = data[start : start + length]
         if len(text) < length:
             return None

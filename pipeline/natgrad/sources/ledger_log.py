@@ -148,6 +148,23 @@ class LedgerLog:
                     unpacked(records["gram"]),
                 )
 
+    def no_states(self) -> InputError:
+        """Return the error for a log of ledgers where a log of states is needed. It checks all records."""
+        count, first, last, attempt = 0, None, 0, 0
+        for block in self.updates():
+            count, last, attempt = count + len(block.steps), int(block.steps[-1]), block.attempt
+            first = int(block.steps[0]) if first is None else first
+        extent = "" if first is None else f", from step {first} to {last}"
+        extent += f" in {attempt + 1} attempts" if attempt else ""
+        return InputError(
+            f"a log of ledgers contains no states: it has {count} updates{extent}, of {len(self.layout.names)} "
+            f"tensors with {self.layout.elements} elements",
+            where=str(self.folder),
+            why='natgrad.watch recorded the inner products of each update (mode="ledger"), which this version of '
+            "natgrad records and checks, but does not process",
+            remedy='record states to process them (natgrad.watch with mode="full")',
+        )
+
     def _require_same_tensors(self, path: Path, header: LedgerHeader) -> None:
         def described(one: LedgerHeader) -> dict[str, tuple[tuple[int, ...], str]]:
             return {tensor.name: (tensor.shape, tensor.dtype) for tensor in one.tensors}
