@@ -44,7 +44,11 @@ class _Copy:
         The copy.
     gradient_dtype : str
         Dtype of the gradient.
+    number : int
+        Number of updates before the last state that was copied.
     """
+
+    number = -1
 
     def __init__(self, parameter: Any, name: str) -> None:
         self.parameter, self._name = parameter, name
@@ -130,7 +134,6 @@ class LedgerRecording:
         if self._writes:
             require_folder(self.folder, resume=resume)
         self._copies: dict[str, _Copy] = {}
-        self._stale: set[str] = set()
         self._writer: LedgerWriter | None = None
         self._reported = False
 
@@ -139,14 +142,13 @@ class LedgerRecording:
         return number % self._every == 0
 
     def before(self, update: Update, selection: Selection, *, changed: bool) -> None:
-        """Bring the copies of the parameters up to date. After a recorded update they are."""
+        """Bring the copies of the parameters up to date. Immediately after a recorded update they are."""
         for name, parameter in selection.trained.items():
             copy = self._copies.get(name)
             if copy is None:
                 self._copies[name] = _Copy(parameter, name)
-            elif changed or name in self._stale:
+            elif changed or copy.number != update.number:
                 copy.flat.copy_(copy.now())
-        self._stale |= set(selection.trained)
 
     def evaluated(self, update: Update, optimizer: Any, selection: Selection) -> None:
         """Take references to the gradients, or copy them if the optimizer may change them."""
@@ -177,10 +179,10 @@ class LedgerRecording:
             [self._copies[name].now() for name in names],
             [gradients.pop(name) for name in names],
         )
-        self._stale -= set(names)
         ledgers = update.values("ledger")
         for index, name in enumerate(names):
             ledgers[name] = gram[index], float(ratio[index])
+            self._copies[name].number = update.number + 1
 
     def _products(
         self, before: list[Any], after: list[Any], gradient: list[Any]
