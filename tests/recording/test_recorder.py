@@ -172,6 +172,25 @@ def test_a_second_run_in_the_folder_is_refused_and_a_resumed_one_replaces_its_st
     assert [arrays["parameter", "theta"][0] for _, arrays in read(tmp_path).values()] == [0.0, 0.0, 5.0]
 
 
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_the_state_after_the_last_update_needs_no_gradient(tmp_path, container):
+    one, tensors = Recorder(tmp_path, container), {"a": np.ones(2), "frozen": np.ones(3)}
+    one.record(0, parameter=tensors, gradient={"a": np.ones(2)})
+    with pytest.raises(InputError, match="parameter 'a' is missing"):
+        one.record(1, parameter={"frozen": np.ones(3)})
+    one.record(1, parameter=tensors)
+    found = read(tmp_path)
+    assert list(found[1][1]) == [("parameter", "a")]
+    for arguments in ({"gradient": {"a": np.ones(2)}}, {}):
+        with pytest.raises(InputError, match="the state at step 1 has no gradient, but is not the last"):
+            one.record(2, parameter=tensors, **arguments)
+    one.record(1, parameter=tensors, gradient={"a": np.ones(2)})
+    one.record(2, parameter=tensors)
+    assert [len(arrays) for _, arrays in read(tmp_path).values()] == [2, 2, 1]
+    with pytest.raises(InputError, match="no parameters in this step"):
+        Recorder(tmp_path / "empty").record(0, parameter={})
+
+
 def test_other_files_do_not_prevent_a_run_in_the_folder(tmp_path):
     (tmp_path / "step_notes.txt").write_text("notes")
     (tmp_path / ".step_7.npz.1.partial").write_bytes(b"left by a killed writer")

@@ -28,7 +28,18 @@ their absolute values, which is at most 4 here."""
 
 
 def read(folder):
-    """Return the tensors and numbers of each recorded step, in order."""
+    """Return the tensors and numbers of each recorded step with a gradient, in order."""
+    states = all_states(folder)
+    for number in [number for number, state in states.items() if not state["gradient"]]:
+        # The state after the last update.
+        assert number == max(states)
+        assert not states[number]["texts"]
+        assert "loss" not in states.pop(number)
+    return states
+
+
+def all_states(folder):
+    """Return the tensors and numbers of each recorded state, in order."""
     states = {}
     for path in folder.glob("step_*"):
         groups = {"parameter": {}, "gradient": {}}
@@ -412,7 +423,8 @@ def test_several_optimizers_with_groups_make_one_update(tmp_path):
     rates = natgrad.open_trajectory(tmp_path / "run").scalar("tensor_learning_rate")
     names = natgrad.open_trajectory(tmp_path / "run").layout.names
     assert names == ("0.bias", "0.weight", "2.bias", "2.weight")
-    np.testing.assert_array_equal(rates, [[0.5, 0.1, 0.25 * 0.5**step, 0.25 * 0.5**step] for step in range(4)])
+    expected = [[0.5, 0.1, 0.25 * 0.5**step, 0.25 * 0.5**step] for step in range(4)]
+    np.testing.assert_array_equal(rates, [*expected, [np.nan] * 4])
 
 
 def test_an_optimizer_that_steps_less_often_is_reported(tmp_path, caplog):
@@ -760,6 +772,7 @@ def test_the_values_of_the_last_update_are_those_of_the_results(tmp_path, caplog
     assert not caplog.records
     natgrad.process(tmp_path / "log", tmp_path / "run")
     results = natgrad.open_results(tmp_path / "run")
+    assert results["model"]["step"].values.tolist() == [0, 1, 2]
     for step, found in enumerate(values[:3]):
         assert found.step == step
         chosen = {"step": step, "descent": "gradient", "window": 1}
@@ -770,6 +783,39 @@ def test_the_values_of_the_last_update_are_those_of_the_results(tmp_path, caplog
             assert here.angle == pytest.approx(float(table["angle"]), abs=1e-13)
             assert here.condition_number == pytest.approx(float(table["condition_number"]), rel=1e-10, nan_ok=True)
             assert here.effective == bool(table["effective"] == 1)
+
+
+# The last update ------------------------------------------------------------------------------------------------
+
+
+def test_the_last_update_of_a_log_has_a_result(tmp_path):
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    with natgrad.watch(optimizer, tmp_path / "log", model=model) as watch:
+        train(model, optimizer, 3)
+        last = watch.last
+    (state,) = [state for state in all_states(tmp_path / "log").values() if not state["gradient"]]
+    assert all(torch.equal(state["parameter"][name], value) for name, value in snapshot(model).items())
+    natgrad.process(tmp_path / "log", tmp_path / "run")
+    table = natgrad.open_results(tmp_path / "run")["model"].sel(descent="gradient", window=1).load()
+    assert table["step"].values.tolist() == [0, 1, 2]
+    assert last.model.angle == pytest.approx(float(table["angle"][2]), abs=1e-13)
+    # A run that continues replaces the state without a gradient.
+    with natgrad.watch(optimizer, tmp_path / "log", model=model, first_step=3):
+        train(model, optimizer, 2)
+    natgrad.process(tmp_path / "log", tmp_path / "run")
+    again = natgrad.open_results(tmp_path / "run")["model"].sel(descent="gradient", window=1)
+    assert again["step"].values.tolist() == [0, 1, 2, 3, 4]
+    np.testing.assert_array_equal(again["angle"][:3], table["angle"])
+
+
+def test_parameters_that_were_changed_after_the_last_step_are_not_its_result(tmp_path):
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with natgrad.watch(optimizer, tmp_path, model=model):
+        train(model, optimizer, 2)
+        model.load_state_dict(make_model().state_dict())
+    assert list(all_states(tmp_path)) == [0, 1]
 
 
 # Single updates ---------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ __all__ = ["SYNC_SECONDS", "LedgerWriter", "require_folder", "require_no_ledgers
 
 SYNC_SECONDS = 5.0
 """Time after which records are flushed to the disk. A process that is killed loses none of them, because they are
-passed to the operating system at once; a computer that fails loses at most those of this time."""
+passed to the operating system immediately; a computer that fails loses at most those of this time."""
 
 
 def require_folder(folder: Path, *, resume: bool) -> None:

@@ -244,6 +244,9 @@ class LedgerRecording:
         sizes = [self._copies[name].parameter.numel() for name in update.rates]
         return last_update(update.number, gram, sizes, update.rates)
 
+    def finish(self, update: Update, selections: Sequence[Selection]) -> None:
+        """Do nothing: the record of an update is complete."""
+
     def abort(self) -> None:
         """Tell the other processes that the recording ends."""
         if self._shards is not None:

@@ -126,6 +126,7 @@ class Recorder:
             raise InputError(f"resume must be True or False, got {shown(resume)}", remedy="pass resume=True")
         self.folder, self.container = Path(folder), container
         self._names: frozenset[str] = frozenset()
+        self._end: int | None = None
         present = {path.suffix.removeprefix(".") for path in self.folder.glob("step_*")} & set(CONTAINERS)
         if present - {container} or (present and not resume):
             raise InputError(
@@ -151,7 +152,7 @@ class Recorder:
         step: int,
         *,
         parameter: Mapping[str, ArrayLike],
-        gradient: Mapping[str, ArrayLike | None],
+        gradient: Mapping[str, ArrayLike | None] | None = None,
         loss: float | None = None,
         learning_rate: float | Mapping[str, float] | None = None,
         hvp: Mapping[str, ArrayLike] | None = None,
@@ -169,9 +170,10 @@ class Recorder:
         parameter : mapping
             Value theta_t of each tensor, by name, with any shape and one of the dtypes of
             `natgrad.schema.layout.STORAGE_DTYPES` (bfloat16 in safetensors only). Stored without conversion.
-        gradient : mapping
+        gradient : mapping, optional
             Gradient of the loss at theta_t, with the shapes of the parameters. Tensors without a gradient, or with
-            the gradient None, are not recorded, with a warning. These must be the same at every step.
+            the gradient None, are not recorded, with a warning. These must be the same at every step. Omit it for
+            the state after the last update, so that this update has a result.
         loss : float, optional
             Loss L(theta_t), for the same objective as the gradient.
         learning_rate : float or mapping, optional
@@ -197,8 +199,9 @@ class Recorder:
         Raises
         ------
         InputError
-            If the step is negative, there are no tensors, names, shapes or numbers of replicates differ, the
-            tensors are not those of the step before, a dtype cannot be stored, or a scalar is unknown.
+            If the step is negative or follows a state without a gradient, there are no tensors, names, shapes or
+            numbers of replicates differ, the tensors are not those of the step before, a dtype cannot be stored, or
+            a scalar is unknown.
         """
         try:
             step = number(step, int, minimum=0)
@@ -207,11 +210,24 @@ class Recorder:
                 f"the step {error}", where=str(self.folder), remedy="count updates from 0: record(0, ...)"
             ) from error
         path = self.folder / f"step_{step}.{self.container}"
-        names = self._recorded(path, _mapping(path, "parameter", parameter), _mapping(path, "gradient", gradient))
+        parameter = _mapping(path, "parameter", parameter)
+        if self._end is not None and step > self._end:
+            raise InputError(
+                f"the state at step {self._end} has no gradient, but is not the last",
+                where=str(path),
+                why="only the state after the last update may lack its gradient",
+                remedy=f"record step {self._end} again, with its gradient",
+            )
+        if gradient is None:
+            names = self._names_of_last(path, parameter)
+        else:
+            names = self._recorded(path, parameter, _mapping(path, "gradient", gradient))
         arrays = self._arrays(path, "parameter", {name: parameter[name] for name in names})
         shapes = {key.partition("/")[2]: array.shape for key, array in arrays.items()}
-        gradients = {name: gradient[name] for name in names}
-        for state, tensors in {"gradient": gradients, **({} if hvp is None else {"hvp": hvp})}.items():
+        states: dict[str, Mapping[str, Any]] = {} if hvp is None else {"hvp": hvp}
+        if gradient is not None:
+            states["gradient"] = {name: gradient[name] for name in names}
+        for state, tensors in states.items():
             others = self._arrays(path, state, tensors)
             found = {key.partition("/")[2]: array.shape for key, array in others.items()}
             if found != shapes:
@@ -232,8 +248,22 @@ class Recorder:
             if value is not None:
                 arrays[name] = self._scalar(path, name, value)
         self._write(path, arrays, texts)
-        self._names = frozenset(names)
+        self._names, self._end = frozenset(names), step if gradient is None else None
         return path
+
+    def _names_of_last(self, path: Path, parameter: Mapping[Any, Any]) -> list[Any]:
+        """Return the names of the tensors of a state without a gradient: those of the states before it."""
+        names = [name for name in parameter if not self._names or name in self._names]
+        if missing := self._names - set(names):
+            raise InputError(
+                f"parameter {shown(min(missing))} is missing",
+                where=str(path),
+                why="all steps of a run must have the same tensors",
+                remedy="record the tensors of the states before",
+            )
+        if not names:
+            raise InputError("no parameters in this step", where=str(path), remedy="record at least one tensor")
+        return names
 
     def _recorded(self, path: Path, parameter: Mapping[Any, Any], gradient: Mapping[Any, Any]) -> list[Any]:
         """Return the names of the tensors that have a gradient. They are the same at every step."""

@@ -6,7 +6,7 @@ first one adds the products that determine the ratio, and the second one all pro
 device is synchronized.
 
 If the recording fails in one process, the others would wait for it. The first reduction therefore also adds a flag,
-and takes place at every update, so that the recording ends in all processes at once. No reduction takes longer than
+and takes place at every update, so that the recording ends in all processes together. No reduction takes longer than
 `_SECONDS`.
 """
 

@@ -107,6 +107,14 @@ class StateRecording:
         gram, _ = portable_products(*arrays)
         return last_update(update.number, gram, [array.size for array in arrays[0]], update.rates)
 
+    def finish(self, update: Update, selections: Sequence[Selection]) -> None:
+        """Write the state after the last update, which has no gradient."""
+        after = Update(update.number + 1)
+        if self.includes(after.number):
+            for selection in selections:
+                self.before(after, selection, changed=False)
+            self.write(after)
+
     def abort(self) -> None:
         """Do nothing: states that wait are valid."""
 
@@ -119,14 +127,14 @@ class StateRecording:
     def _record(self, update: Update) -> None:
         """Write a state, in the thread of the writer."""
         loss = update.closure_loss if update.loss is None else update.loss
-        rates: dict[str, float] | float | None = update.rates
+        rates: dict[str, float] | float | None = update.rates or None
         if len(set(update.groups.values())) == 1:
             (rate,) = set(update.rates.values())
             rates = None if np.isnan(rate) else rate
         self._recorder.record(
             update.number,
             parameter=update.values("parameter"),
-            gradient=update.values("gradient"),
+            gradient=update.content.get("gradient"),
             loss=loss,
             learning_rate=rates,
         )

@@ -189,7 +189,7 @@ class Watch:
         True until the recording ends, by `close` or by an error. In distributed data parallel training, only
         rank 0 records.
     recorded, skipped : int
-        Number of recorded states, and of steps that the optimizer skipped because a gradient overflowed.
+        Number of recorded updates, and of steps that the optimizer skipped because a gradient overflowed.
     seconds_waited : float
         Time for which the training waited for the disk.
     """
@@ -242,7 +242,7 @@ class Watch:
         if recording is None or not self._works() or update is None or not self._is_complete(update):
             return None
         try:
-            if any(self._versions[index] != one.versions() for index, one in enumerate(self._selections)):
+            if not self._is_unchanged():
                 return None
             return recording.last(update, self._selections)
         except Exception as error:
@@ -288,7 +288,7 @@ class Watch:
         atexit.unregister(self.close)
         try:
             if self.active:
-                self._finish_update()
+                self._finish_log()
             self._end()
             self._recording.close()
         except Exception as error:
@@ -484,6 +484,17 @@ class Watch:
                 update.number,
             )
 
+    def _finish_log(self) -> None:
+        """Write the last update and what follows it, unless parameters were changed after it."""
+        update, recording = self._update, self._recording
+        self._finish_update()
+        if recording is not None and update is not None and self._is_complete(update) and self._is_unchanged():
+            recording.finish(update, self._selections)
+
+    def _is_unchanged(self) -> bool:
+        """Return True if the parameters are those after the last step."""
+        return all(self._versions[index] == one.versions() for index, one in enumerate(self._selections))
+
     def _is_complete(self, update: Update) -> bool:
         assert self._recording is not None
         every = set(range(len(self._optimizers)))
@@ -515,7 +526,7 @@ class Watch:
         assert self._recording is not None
         if self._update is not None and self._is_complete(self._update):
             with suppress(Exception):  # the error of the writer, which is this one or follows from it
-                self._finish_update()
+                self._finish_log()
         self._end()
         if "failure" not in self._reported:
             self._reported.add("failure")

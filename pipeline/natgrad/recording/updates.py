@@ -52,7 +52,7 @@ class Update:
 
 
 class Recording(Protocol):
-    """What is recorded of updates. The methods are called in this order for each update and optimizer."""
+    """A kind of recording. The methods are called in this order for each update and optimizer."""
 
     @property
     def folder(self) -> Path:
@@ -61,7 +61,7 @@ class Recording(Protocol):
 
     @property
     def meaning_of_changes(self) -> str:
-        """What happens to a change of the parameters between two steps, for a message."""
+        """Text for a message: the update that a change of the parameters between two steps belongs to."""
         ...
 
     @property
@@ -108,6 +108,10 @@ class Recording(Protocol):
 
     def last(self, update: Update, selections: Sequence[Selection]) -> LastUpdate | None:
         """Return the values of a complete update that is not written yet."""
+        ...
+
+    def finish(self, update: Update, selections: Sequence[Selection]) -> None:
+        """Write what follows the last update, which is complete and written. The parameters are those after it."""
         ...
 
     def abort(self) -> None:
