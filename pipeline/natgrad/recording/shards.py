@@ -6,8 +6,8 @@ first one adds the products that determine the ratio, and the second one all pro
 device is synchronized.
 
 If the recording fails in one process, the others would wait for it. The first reduction therefore also adds a flag,
-and takes place at every update, so that the recording ends in all processes together. No reduction takes longer than
-`_SECONDS`.
+and takes place at every update, so that the recording ends in all processes together. No reduction takes longer
+than `_SECONDS`.
 """
 
 from __future__ import annotations
