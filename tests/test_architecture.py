@@ -62,6 +62,8 @@ HOMES = {
     "fsspec": {"storage"},
     "mlxtend": {"experiments"},
     "torch": {"recording"},
+    "transformers": {"recording"},
+    "lightning": {"recording"},
 }
 
 

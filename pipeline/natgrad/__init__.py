@@ -16,6 +16,8 @@ Process a log, and open the results:
     Open the stores of a run.
 ``watch``, ``Recorder``
     Log a training run of PyTorch from the hooks of its optimizer, or any other from its training loop.
+``WatchCallback``, ``LightningWatch``
+    Log a training run of the Trainer of Hugging Face, or of Lightning.
 ``Metric``
     Apply a metric as an operator.
 ``InputError``, ``Unavailable``
@@ -31,17 +33,21 @@ if TYPE_CHECKING:
     from natgrad.app.api import analyze, ingest, inspect, process, report, verify
     from natgrad.app.opening import open_ledger, open_results, open_trajectory
     from natgrad.app.scan import scan
+    from natgrad.recording.lightning import LightningWatch
     from natgrad.recording.recorder import Recorder
     from natgrad.recording.torch import watch
+    from natgrad.recording.transformers import WatchCallback
     from natgrad.schema.errors import InputError, Unavailable
     from natgrad.schema.version import __version__
     from natgrad.theory.metric_operators import Metric
 
 __all__ = [
     "InputError",
+    "LightningWatch",
     "Metric",
     "Recorder",
     "Unavailable",
+    "WatchCallback",
     "__version__",
     "analyze",
     "ingest",
@@ -58,9 +64,11 @@ __all__ = [
 
 _MODULES = {
     "InputError": "natgrad.schema.errors",
+    "LightningWatch": "natgrad.recording.lightning",
     "Metric": "natgrad.theory.metric_operators",
     "Recorder": "natgrad.recording.recorder",
     "Unavailable": "natgrad.schema.errors",
+    "WatchCallback": "natgrad.recording.transformers",
     "__version__": "natgrad.schema.version",
     "open_ledger": "natgrad.app.opening",
     "open_results": "natgrad.app.opening",

@@ -21,7 +21,8 @@ LOG = ROOT / "data" / "linear_system"
 
 NAMES = {
     *("process", "ingest", "analyze", "report", "inspect", "verify", "scan"),
-    *("open_results", "open_trajectory", "open_ledger", "watch", "Recorder", "Metric", "InputError", "Unavailable"),
+    *("open_results", "open_trajectory", "open_ledger", "Metric", "InputError", "Unavailable"),
+    *("watch", "Recorder", "WatchCallback", "LightningWatch"),
     "__version__",
 }
 

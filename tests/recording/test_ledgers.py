@@ -8,7 +8,6 @@ import sys
 
 import numpy as np
 import pytest
-from test_torch import loss_of, make_model, snapshot, train, updates_of
 
 import natgrad
 from lazy import Lazy
@@ -16,6 +15,7 @@ from natgrad.kernel.ledger_sums import roundoff_bound
 from natgrad.schema.errors import InputError
 from natgrad.sources.ledger_log import LedgerLog
 from reference import exact_gram, exact_vectors
+from watched import loss_of, make_model, snapshot, train, updates_of
 
 torch = Lazy("torch")
 KEPT = np.ix_([0, 1, 2, 4], [0, 1, 2, 4])

@@ -16,78 +16,9 @@ import natgrad
 from lazy import Lazy
 from natgrad.kernel.updates import refresh_products
 from natgrad.schema.errors import InputError
-from natgrad.sources.ledger_log import LedgerLog
+from watched import ROUNDING, all_states, by_hand, loss_of, make_model, read, snapshot, train, updates_of
 
 torch = Lazy("torch")
-safetensors_torch = Lazy("safetensors.torch")
-safetensors = Lazy("safetensors")
-
-ROUNDING = 64 * 2.0**-53
-"""Products of at most 24 float64 numbers, computed in two orders, differ by less than this, relative to the sum of
-their absolute values, which is at most 4 here."""
-
-
-def read(folder):
-    """Return the tensors and numbers of each recorded step with a gradient, in order."""
-    states = all_states(folder)
-    for number in [number for number, state in states.items() if not state["gradient"]]:
-        # The state after the last update.
-        assert number == max(states)
-        assert not states[number]["texts"]
-        assert "loss" not in states.pop(number)
-    return states
-
-
-def all_states(folder):
-    """Return the tensors and numbers of each recorded state, in order."""
-    states = {}
-    for path in folder.glob("step_*"):
-        groups = {"parameter": {}, "gradient": {}}
-        for key, tensor in safetensors_torch.load_file(path).items():
-            kind, _, name = key.partition("/")
-            groups.setdefault(kind, {})
-            if name:
-                groups[kind][name] = tensor
-            else:
-                groups[kind] = tensor.item()
-        with safetensors.safe_open(path, "pt") as file:
-            groups["texts"] = file.metadata() or {}
-        states[int(path.stem.removeprefix("step_"))] = groups
-    return dict(sorted(states.items()))
-
-
-def make_model():
-    torch.manual_seed(0)
-    return torch.nn.Linear(3, 2).double()
-
-
-def batch(step):
-    """Return the inputs and targets of a step."""
-    generator = torch.Generator().manual_seed(step)
-    draw = [torch.rand(4, size, dtype=torch.float64, generator=generator) for size in (3, 2)]
-    return draw[0], draw[1]
-
-
-def loss_of(model, step):
-    inputs, targets = batch(step)
-    return ((model(inputs) - targets) ** 2).mean()
-
-
-def by_hand(parameters, *steps):
-    """Return the loss and the gradients of the mean over the batches of some steps, from their formulas."""
-    weight, bias = parameters["weight"].numpy(), parameters["bias"].numpy()
-    losses, weights, biases = [], [], []
-    for step in steps:
-        inputs, targets = (tensor.numpy() for tensor in batch(step))
-        residual = inputs @ weight.T + bias - targets
-        losses.append((residual**2).sum() / 8)
-        weights.append(2 / 8 * residual.T @ inputs)
-        biases.append(2 / 8 * residual.sum(axis=0))
-    return np.mean(losses), {"weight": np.mean(weights, axis=0), "bias": np.mean(biases, axis=0)}
-
-
-def snapshot(model):
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
 def require_states(log, states):
@@ -155,23 +86,6 @@ class both:
             assert set(update["rates"].values()) == (rates or {state["learning_rate"]})
             assert update["skipped"] == (not all(gradient.isfinite().all() for gradient in gradients.values()))
         assert not last or last.keys() == found[-1]["gram"].keys()
-
-
-def updates_of(folder):
-    """Yield the updates of a log of ledgers."""
-    log = LedgerLog(folder)
-    for block in log.updates():
-        for index, step in enumerate(block.steps):
-            yield {
-                "step": int(step),
-                "attempt": block.attempt,
-                "skipped": bool(block.skipped[index]),
-                "loss": float(block.loss[index]),
-                **{
-                    kind: dict(zip(log.layout.names, getattr(block, kind)[index], strict=True))
-                    for kind in ("gram", "ratio", "rates")
-                },
-            }
 
 
 OPTIMIZERS = {
@@ -523,16 +437,6 @@ def test_bfloat16_and_channels_last_are_recorded_with_the_same_bits(tmp_path):
 
 
 # Errors -----------------------------------------------------------------------------------------------------------
-
-
-def train(model, optimizer, steps, **hooks):
-    """Train, and call a function of the step before it, if there is one."""
-    for step in range(steps):
-        hooks.get(f"before_{step}", lambda: None)()
-        optimizer.zero_grad()
-        loss_of(model, step).backward()
-        optimizer.step()
-    return snapshot(model)
 
 
 def require_training_continues(tmp_path, caplog, message, hook):

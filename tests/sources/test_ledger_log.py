@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import natgrad
-from natgrad.recording.ledger_log import LedgerWriter
+from natgrad.recording.ledger_writer import LedgerWriter
 from natgrad.schema.errors import InputError
 from natgrad.schema.ledger_log import LedgerHeader, RecordedTensor, packed
 from natgrad.sources.ledger_log import LedgerLog

@@ -17,6 +17,7 @@ from natgrad.app.summaries import (
     ScanSummary,
     Verification,
 )
+from natgrad.recording.torch import Watch
 from natgrad.store import Ledger, Trajectory
 from natgrad_flows.runs import process_run
 
@@ -41,6 +42,9 @@ module, optimizer = torch.nn.Linear(1, 1), torch.optim.SGD([torch.ones(1)])
 with natgrad.watch([optimizer], "log", model=module, parameters="*", first_step=3) as watch:
     watch.log(loss=torch.ones(1), after=True)
 assert_type(watch.active, bool)
+callback = natgrad.WatchCallback("log", mode="ledger")
+assert_type(callback.watch, Watch | None)
+assert_type(natgrad.LightningWatch(Path("log"), every=10).watch, Watch | None)
 error: type[ValueError] = natgrad.InputError
 unavailable: type[natgrad.InputError] = natgrad.Unavailable
 process_run("log", "out", windows=[1])

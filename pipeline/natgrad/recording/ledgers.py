@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from natgrad.kernel.updates import is_compiled, refresh_products
 from natgrad.recording.arrays import require_dense
 from natgrad.recording.device import device_products
-from natgrad.recording.ledger_log import LedgerWriter, require_folder
+from natgrad.recording.ledger_writer import LedgerWriter, require_folder
 from natgrad.recording.live import LastUpdate, last_update
 from natgrad.recording.parameters import Selection
 from natgrad.recording.shards import Shards, local_part

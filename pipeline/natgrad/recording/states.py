@@ -11,7 +11,7 @@ import numpy as np
 from natgrad.kernel.updates import portable_products
 from natgrad.recording.arrays import tensor_array
 from natgrad.recording.background import BackgroundWriter
-from natgrad.recording.ledger_log import require_no_ledgers
+from natgrad.recording.ledger_writer import require_no_ledgers
 from natgrad.recording.live import LastUpdate, last_update
 from natgrad.recording.parameters import Selection
 from natgrad.recording.recorder import Recorder

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from natgrad.recording.ledger_log import LedgerWriter, require_folder, require_no_ledgers
+from natgrad.recording.ledger_writer import LedgerWriter, require_folder, require_no_ledgers
 from natgrad.schema.errors import InputError
 from natgrad.schema.ledger_log import LedgerHeader, RecordedTensor
 from natgrad.sources.ledger_log import LedgerLog

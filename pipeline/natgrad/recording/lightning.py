@@ -1,0 +1,85 @@
+"""Record runs of Lightning."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from natgrad.recording.torch import Watch, watch
+from natgrad.schema.errors import InputError
+
+__all__ = ["LightningWatch"]
+
+
+def _callback() -> Any:
+    """Return the base class of callbacks, of the package that the training program has imported."""
+    names = ("lightning.pytorch", "pytorch_lightning")
+    for name in sorted(names, key=lambda name: name not in sys.modules):
+        try:
+            return import_module(name).Callback
+        except ImportError:
+            continue
+    raise InputError(
+        "natgrad.LightningWatch needs Lightning, which is not installed",
+        remedy="pip install lightning; natgrad.watch records other training loops of PyTorch",
+    )
+
+
+if TYPE_CHECKING:
+    _Callback = object
+else:
+    _Callback = _callback()
+
+
+class LightningWatch(_Callback):
+    """Record each fit of a Lightning Trainer, as `natgrad.watch` does.
+
+    The loss is that which the training step returns. If the training is resumed from a checkpoint, the log is
+    continued.
+
+    Parameters
+    ----------
+    folder : str or Path
+        Folder of the log.
+    **options
+        Options of `natgrad.watch`, such as ``mode`` and ``every``.
+
+    Attributes
+    ----------
+    watch : Watch or None
+        The recording, which is None before the training begins.
+
+    Examples
+    --------
+    >>> import lightning  # doctest: +SKIP
+    >>> lightning.Trainer(callbacks=[LightningWatch("logs/a")]).fit(module, data)  # doctest: +SKIP
+    """
+
+    def __init__(self, folder: str | Path, **options: Any) -> None:
+        super().__init__()
+        self.watch: Watch | None = None
+        self._folder, self._options = folder, options
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Begin the recording.
+
+        Raises
+        ------
+        InputError
+            If an option is not valid, or the folder contains another run; see `natgrad.watch`.
+        """
+        # Lightning counts the steps of all optimizers.
+        taken = trainer.global_step // len(trainer.optimizers)
+        first_step = {"first_step": taken} if taken else {}
+        self.watch = watch(trainer.optimizers, self._folder, **{"model": pl_module, **first_step, **self._options})
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """End the recording."""
+        if self.watch is not None:
+            self.watch.close()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """End the recording of a training that fails."""
+        self.on_train_end(trainer, pl_module)

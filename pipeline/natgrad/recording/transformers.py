@@ -1,0 +1,65 @@
+"""Record runs of the Trainer of Hugging Face transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from natgrad.recording.torch import Watch, watch
+from natgrad.schema.errors import InputError
+
+try:
+    from transformers import TrainerCallback
+except ImportError as error:
+    raise InputError(
+        "natgrad.WatchCallback needs transformers, which is not installed",
+        remedy="pip install transformers; natgrad.watch records other training loops of PyTorch",
+    ) from error
+
+__all__ = ["WatchCallback"]
+
+
+class WatchCallback(TrainerCallback):  # type: ignore[misc]
+    """Record each training run of a Trainer, as `natgrad.watch` does.
+
+    If the training is resumed from a checkpoint, the log is continued.
+
+    Parameters
+    ----------
+    folder : str or Path
+        Folder of the log.
+    **options
+        Options of `natgrad.watch`, such as ``mode`` and ``every``.
+
+    Attributes
+    ----------
+    watch : Watch or None
+        The recording, which is None before the training begins.
+
+    Examples
+    --------
+    >>> import transformers  # doctest: +SKIP
+    >>> transformers.Trainer(..., callbacks=[WatchCallback("logs/a")]).train()  # doctest: +SKIP
+    """
+
+    def __init__(self, folder: str | Path, **options: Any) -> None:
+        self.watch: Watch | None = None
+        self._folder, self._options = folder, options
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
+    ) -> None:
+        """Begin the recording.
+
+        Raises
+        ------
+        InputError
+            If an option is not valid, or the folder contains another run; see `natgrad.watch`.
+        """
+        first_step = {"first_step": state.global_step} if state.global_step else {}
+        self.watch = watch(optimizer, self._folder, **{"model": model, **first_step, **self._options})
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """End the recording."""
+        if self.watch is not None:
+            self.watch.close()
