@@ -13,6 +13,7 @@ import socket
 import stat
 import sys
 import threading
+import time
 import types
 from pathlib import Path
 
@@ -260,6 +261,20 @@ def worker(address, folder, *options, environment=None, program=()):
         yield running
 
 
+def test_a_client_that_does_not_connect_again_ends_the_pass(tmp_path, arrays):
+    def kill_and_wait(done, total):
+        kill(running)
+        time.sleep(3)  # the client gives up after a second
+
+    port = free_port()
+    address = f"tcp://127.0.0.1:{port}"
+    executor = executors.existing_cluster(address, connect_seconds=1.0)
+    with scheduler(port, tmp_path) as running, worker(address, tmp_path):
+        connected(address, 1)
+        with pytest.raises(Unavailable, match="the Dask scheduler was lost"):
+            run_pass(tmp_path, arrays, executor, progress=kill_and_wait)
+
+
 def test_a_lost_scheduler_ends_the_pass_with_a_remedy_that_works(tmp_path, arrays, expected):
     port = free_port()
     executor = executors.existing_cluster(f"tcp://127.0.0.1:{port}")
@@ -457,3 +472,16 @@ def test_other_errors_are_not_attributed_to_the_configuration(tmp_path, monkeypa
     monkeypatch.setattr(dask.config, "paths", [str(tmp_path)])
     with pytest.raises(TypeError, match="another"), clusters.configuration_errors():
         raise TypeError("another")
+
+
+def test_an_amount_of_memory_is_parsed_in_the_notation_of_dask():
+    amounts = {"512MiB": 512 << 20, "2GB": 2 * 10**9, "1.5 GiB": 3 << 29, "4096": 4096}
+    assert {amount: clusters.memory_bytes(amount) for amount in amounts} == amounts
+
+
+@pytest.mark.parametrize("amount", ["", "MiB", "much", "5 apples", "0", "-1GB", "nan", "inf", "1e400", "0.1"])
+def test_an_invalid_amount_of_memory_is_an_error(amount):
+    with pytest.raises(InputError, match="is not an amount of memory") as caught:
+        clusters.memory_bytes(amount)
+    assert repr(amount) in caught.value.what
+    assert caught.value.where == "option memory_limit"

@@ -198,6 +198,7 @@ def existing_cluster(
         if not items:  # there is no need to wait for a scheduler
             return
         from distributed import CancelledError, KilledWorker
+        from distributed.client import ClosedClientError
         from distributed.comm.core import CommClosedError
 
         client = _connected(address, connect_seconds)
@@ -212,7 +213,7 @@ def existing_cluster(
                 for chunk in _Dispatch(client, job, items, digests, check, worker_seconds).run():
                     finished += 1
                     yield chunk
-        except (CancelledError, CommClosedError) as error:
+        except (CancelledError, ClosedClientError, CommClosedError) as error:
             raise Unavailable(
                 f"the Dask scheduler was lost: {error}",
                 where=address,
@@ -424,8 +425,13 @@ class _Dispatch:
 
     def _query(self) -> None:
         """Determine which workers are connected and pass the check, and which tasks have lost their workers."""
+        from distributed.client import ClosedClientError
+
         self._queried = time.monotonic()
-        self._workers = frozenset(self._client.scheduler_info(n_workers=-1)["workers"])
+        scheduler = self._client.scheduler_info(n_workers=-1)
+        if "workers" not in scheduler:
+            raise ClosedClientError("the client could not connect again")
+        self._workers = frozenset(scheduler["workers"])
         for address in [one for one in self._problems if one not in self._workers]:
             del self._problems[address]
         for address in [one for one in self._checks if one not in self._workers]:
