@@ -14,7 +14,8 @@ def seconds_of_a_call() -> float:
     with tempfile.TemporaryFile() as file:
         file.write(np.ones((2, 64), "<f4").tobytes())
         file.flush()
-        located = np.full(2, file.fileno(), np.int32), np.array([0, 256])
+        descriptors, offsets = np.full((2, 1), file.fileno(), np.int32), np.array([[0], [256]])
+        located = stream.Located(descriptors, offsets, np.array([0, 64]))
         buffer = np.empty(stream.buffer_bytes(64, 1, [4, 4]), np.uint8)
         products, ratio = np.empty((1, 1, 5, 5)), np.empty((1, 1))
         begin = time.perf_counter()

@@ -144,9 +144,10 @@ def bare_loop(files: Files, threads: int, trusting: bool = False) -> Iterator[Ca
         first, last = states.column(number)
         opened = [[os.open(path, os.O_RDONLY) for path in of_array] for of_array in paths[number]]
         located = [
-            (
-                np.repeat(np.array(descriptors, np.int32), steps)[: updates + 1],
-                np.arange(updates + 1) % steps * size,
+            stream.Located(
+                np.repeat(np.array(descriptors, np.int32), steps)[: updates + 1, None],
+                (np.arange(updates + 1) % steps * size)[:, None],
+                np.array([0, last - first]),
             )
             for descriptors, size in zip(opened, [states.chunk[1] * size for size in sizes], strict=True)
         ]

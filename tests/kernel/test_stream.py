@@ -31,6 +31,12 @@ def logged():
     return found
 
 
+def located(descriptors, offsets, elements):
+    """Return the location of states that are each in one piece."""
+    starts = np.array([0, elements])
+    return stream.Located(np.array(descriptors, np.int32)[:, None], np.array(offsets, np.int64)[:, None], starts)
+
+
 @pytest.fixture
 def put(tmp_path):
     """Write a number of states to each of several files, at an offset, and open the files."""
@@ -45,7 +51,7 @@ def put(tmp_path):
             for row in range(len(rows[first : first + together])):
                 descriptors.append(opened[-1])
                 offsets.append(padding + row * rows[0].nbytes)
-        return np.array(descriptors, np.int32), np.array(offsets, np.int64)
+        return located(descriptors, offsets, rows.shape[1])
 
     yield write
     for descriptor in opened:
@@ -110,7 +116,10 @@ def test_states_read_from_files_give_the_same_bits_as_states_in_memory(
         put(array[: STATES - (position == 2)], together, 5 * position) for position, array in enumerate(arrays)
     ]
     files = [
-        tuple(np.concatenate([part, np.full(STATES - len(part), -1, part.dtype)]) for part in file)
+        stream.Located(
+            *(np.concatenate([part, np.full((STATES - len(part), 1), -1, part.dtype)]) for part in file[:2]),
+            file.starts,
+        )
         for file in files
     ]
     leads = np.array([True, True, False, True, True, True])
@@ -152,7 +161,7 @@ def test_missing_updates_do_not_change_the_other_updates_for_any_batch(logged, t
     try:
         row = arrays[0][0].nbytes
         files = [
-            (np.full(STATES, descriptor, np.int32), np.arange(STATES) * row + position * STATES * row)
+            located([descriptor] * STATES, np.arange(STATES) * row + position * STATES * row, ELEMENTS)
             for position in range(2)
         ]
         failed, *found = computed(files, [np.dtype("<f4")] * 2, cut([0, 10, ELEMENTS]), ELEMENTS, batch, leads)

@@ -20,7 +20,7 @@ from typing import Any
 
 from natgrad.compute.clusters import local_scheduler, named_scheduler
 from natgrad.compute.plan import WorkItem
-from natgrad.compute.tasks import Finished, Job, Segments, compute_chunk, tile_segments, write_chunk
+from natgrad.compute.tasks import Finished, Job, Tiled, compute_chunk, tile_segments, write_chunk
 from natgrad.compute.worker_checks import Problem, WorkerCheck, worker_check
 from natgrad.schema.errors import Unavailable
 from natgrad.schema.layout import LedgerChunk
@@ -42,7 +42,8 @@ _log = logger(__name__)
 
 Digests = Callable[[], Mapping[int, str]]
 """Function that waits until the ledger is ready to be written, and returns the digest of the states of each ledger
-chunk, by its first update. An executor calls it once for each ledger chunk, when it schedules the write."""
+chunk, by its first update; empty if a pass has to read the states first. An executor calls it once for each ledger
+chunk, when it schedules the write."""
 
 Executor = Callable[[Job, "list[WorkItem]", Digests], Iterator[Finished]]
 """Function that computes ledger chunks. It yields each when it is on disk, or when the client must write it."""
@@ -87,7 +88,7 @@ def threads(workers: int) -> Executor:
     def run(job: Job, items: list[WorkItem], digests: Digests) -> Iterator[Finished]:
         pool, writers = ThreadPoolExecutor(workers), ThreadPoolExecutor(workers)
         ahead = _chunks_in_flight(2 * workers, items)
-        pending: deque[tuple[LedgerChunk, list[Future[Segments]]]] = deque()
+        pending: deque[tuple[LedgerChunk, list[Future[Tiled]]]] = deque()
         written: deque[Future[Finished]] = deque()
 
         def write_oldest() -> None:

@@ -149,8 +149,8 @@ def compute_ledger(
                 _record_times(preparing.result(), earlier, job.verified)
             raise
         prepared = preparing.result()
-        for chunk, digest in prepared.settled.items():
-            prepared.ledger.settle(chunk, digest)
+        for chunk, shorter in prepared.settled.items():
+            prepared.ledger.settle(chunk, states.digests([shorter])[shorter])
         if missing:
             _record_times(prepared, earlier, job.verified)
         verified = verified_since(states, prepared.ledger)
@@ -162,15 +162,15 @@ class _Prepared(NamedTuple):
     """A ledger that is ready to be written, and the missing work items.
 
     ``digests`` maps the first update of each ledger chunk to the digest of its states, and ``steps`` is the step of
-    the state before each update. ``settled`` maps the last ledger chunk to the digest of its states without a
-    provisional one.
+    the state before each update. ``settled`` maps the last ledger chunk to the same chunk without the update to a
+    provisional state.
     """
 
     ledger: Ledger
     missing: list[WorkItem]
     digests: dict[int, str]
     steps: NDArray[np.int64]
-    settled: dict[LedgerChunk, str]
+    settled: dict[LedgerChunk, LedgerChunk]
 
 
 def _prepare(
@@ -186,10 +186,8 @@ def _prepare(
     parts, last = ledger.partial_chunks(), items[-1].chunk
     # The update to a provisional state is computed again when this state is complete.
     shorter = LedgerChunk(last.start, last.stop - 1)
-    unchanging = [shorter] if states.provisional and shorter.stop > shorter.start else []
-    digests = states.digests([*(item.chunk for item in items), *parts, *unchanging])
-    settled_digests = dict.fromkeys([last], digests[shorter]) if unchanging else {}
-    digests = {chunk: digest for chunk, digest in digests.items() if chunk not in unchanging or chunk in parts}
+    unchanging = {last: shorter} if states.provisional and shorter.stop > shorter.start else {}
+    digests = states.digests([*(item.chunk for item in items), *parts])
     # If the trajectory was replaced, an interrupted pass must not leave valid updates of the old trajectory.
     ledger.discard_others(digests)
     lacking = set(ledger.missing(digests))
@@ -198,7 +196,7 @@ def _prepare(
         item.after(reached.get(item.chunk.start, item.chunk.start)) for item in items if item.chunk in lacking
     ]
     of_items = {item.chunk.start: digests[item.chunk] for item in items}
-    return _Prepared(ledger, missing, of_items, steps, settled_digests)
+    return _Prepared(ledger, missing, of_items, steps, unchanging)
 
 
 def _record_times(prepared: _Prepared, earlier: Mapping[int, str | None], time: str | None) -> None:

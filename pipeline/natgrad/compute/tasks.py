@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 import threading
 import uuid
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,15 +24,14 @@ from natgrad.schema.names import (
     HVP,
     REPLICATE_HVP,
     REPLICATE_PARAMETER,
-    STATES,
     VECTORS,
     ledger_vectors,
     replicate_of,
 )
 from natgrad.storage import Storage
-from natgrad.store import Ledger, Trajectory, add_to_checksums
+from natgrad.store import Ledger, Reads, Trajectory, add_to_checksums
 
-__all__ = ["Computed", "Finished", "Job", "Segments", "compute_chunk", "tile_segments", "write_chunk"]
+__all__ = ["Computed", "Finished", "Job", "Segments", "Tiled", "compute_chunk", "tile_segments", "write_chunk"]
 
 _log = logger(__name__)
 
@@ -42,6 +41,13 @@ _thread_cache = threading.local()
 Segments = tuple[NDArray[Any], ...]
 """Tensor of each segment, gram (updates, segments, vectors, vectors), ratio (updates, segments) and, if there are
 replicates, their gram (updates, segments, replicate vectors, replicate vectors)."""
+
+
+class Tiled(NamedTuple):
+    """The segment ledgers of a tile, and the checksums of its states if they are not copied."""
+
+    segments: Segments
+    reads: Reads | None
 
 
 @dataclass(frozen=True)
@@ -122,7 +128,7 @@ _GRADIENT = VECTORS.index("gradient")
 """Position of the gradient in a ledger. The vectors after it depend on the gradient."""
 
 
-def tile_segments(job: Job, tile: Tile) -> Segments:
+def tile_segments(job: Job, tile: Tile) -> Tiled:
     """Compute the segment ledgers of a tile: one for each tensor, or for the part of a tensor in the tile.
 
     Each state is read once. Only the last state of the tile, the halo, is also read by another task.
@@ -130,7 +136,18 @@ def tile_segments(job: Job, tile: Tile) -> Segments:
     fields = {"run": job.run, "updates": [tile.start, tile.stop], "columns": [tile.first, tile.last]}
     _log.debug("tile starts", extra=fields)
     states = _trajectory(job)
-    return _joined([_column_segments(job, states, tile, column) for column in range(tile.first, tile.last)])
+    parts, reads = zip(
+        *(_column_segments(job, states, tile, column) for column in range(tile.first, tile.last)), strict=True
+    )
+    if not states.in_place:
+        return Tiled(_joined(parts), None)
+    return Tiled(_joined(parts), _of_columns(reads))
+
+
+def _of_columns(parts: Sequence[Reads]) -> Reads:
+    """Join the checksums of neighbouring chunk columns, of which a pass reads the same states."""
+    joined = {name: np.column_stack([part.checksums[name] for part in parts]) for name in parts[0].checksums}
+    return parts[0]._replace(checksums=joined)
 
 
 def _joined(parts: Iterable[Segments]) -> Segments:
@@ -149,24 +166,25 @@ def _summed(tensors: int, parts: Segments) -> tuple[NDArray[np.float64], ...]:
     return *ledger, *(ledger_sums.add_replicates(tensors, indices, array) for array in replicate_products)
 
 
-def _column_segments(job: Job, states: Trajectory, tile: Tile, column: int) -> Segments:
+def _column_segments(job: Job, states: Trajectory, tile: Tile, column: int) -> tuple[Segments, Reads]:
     """Compute the segment ledgers of a chunk column: all updates of a read block, then the next read block."""
-    first, last = states.column(column)
+    rows = tile.stop + 1 - tile.start
+    read = Reads(
+        tile.start,
+        {name: np.zeros(rows, np.uint32) for name in states.logged},
+        {name: np.zeros(rows, bool) for name in states.logged},
+    )
+    parts: dict[int, Segments] = {}
     with states.opened(column, tile.last):
-        checksums = _new_checksums(job, states, tile)
-        # The compiled loop computes checksums only with the instruction of the processor.
-        if job.compiled and (crc.HARDWARE or not checksums):
-            parts = _compiled_segments(job, states, tile, column, checksums)
-        else:
-            step = job.plan.read_elements
-            parts = _joined(
-                _block_segments(job, states, tile, column, low, min(low + step, last), checksums)
-                for low in range(first, last, step)
-            )
-    # All elements of the column have been read, and no product is used before this comparison.
-    for name, found in checksums.items():
-        states.require_recorded(name, tile.start, column, found)
-    indices, *products = parts
+        for start, stop in states.ranges(tile.start, tile.stop, column):
+            part = replace(tile, start=start, stop=stop)
+            parts[start], found = _range_segments(job, states, part, column)
+            here = slice(start - tile.start, stop + 1 - tile.start)
+            for name, checksums in found.items():
+                # No update leads from the last state: only its parameter and gradient are needed.
+                own = slice(here.start, here.start + len(checksums))
+                read.checksums[name][own], read.was_read[name][own] = checksums, True
+    indices, *products = _all_updates(job, states, tile, column, parts)
     if not states.has_gradient:
         # The parameter was used instead of the gradient. The ledger is that of gradients that are NaN.
         gram, ratio = products
@@ -175,20 +193,55 @@ def _column_segments(job: Job, states: Trajectory, tile: Tile, column: int) -> S
     # Columns are summed one by one, so that the bits do not depend on which columns are in one tile.
     first_tensor, last_tensor = int(indices[0]), int(indices[-1])
     tensors = np.arange(first_tensor, last_tensor + 1)
-    return tensors, *_summed(len(tensors), (indices - first_tensor, *products))
+    return (tensors, *_summed(len(tensors), (indices - first_tensor, *products))), read
+
+
+def _range_segments(
+    job: Job, states: Trajectory, tile: Tile, column: int
+) -> tuple[Segments, dict[str, NDArray[np.uint32]]]:
+    """Compute the segment ledgers of updates whose states can be read together, and the checksums of the states."""
+    first, last = states.column(column)
+    checksums = _new_checksums(job, states, tile)
+    # The compiled loop computes checksums only with the instruction of the processor.
+    if job.compiled and (crc.HARDWARE or not checksums):
+        parts = _compiled_segments(job, states, tile, column, checksums)
+    else:
+        step = job.plan.read_elements
+        parts = _joined(
+            _block_segments(job, states, tile, column, low, min(low + step, last), checksums)
+            for low in range(first, last, step)
+        )
+    # All elements of the column have been read, and no product is used before this comparison.
+    for name, found in checksums.items():
+        states.require_recorded(name, tile.start, column, found)
+    return parts, checksums
+
+
+def _all_updates(job: Job, states: Trajectory, tile: Tile, column: int, parts: Mapping[int, Segments]) -> Segments:
+    """Return the segment ledgers of all updates of a tile; those that are in none of the parts are NaN."""
+    if len(parts) == 1 and len(next(iter(parts.values()))[1]) == tile.stop - tile.start:
+        return next(iter(parts.values()))
+    blocks = read_blocks(*states.column(column), job.limits.read_block_elements)
+    indices = np.array([index for block in blocks for index, _, _ in states.layout.segments(*block)])
+    updates, vectors = tile.stop - tile.start, len(ledger_vectors(HVP in states.logged))
+    shapes = [(vectors, vectors), ()]
+    if count := len(states.replicate_vectors):
+        shapes.append((count, count))
+    products = [np.full((updates, len(indices), *shape), np.nan) for shape in shapes]
+    for start, (_, *found) in parts.items():
+        for values, part in zip(products, found, strict=True):
+            values[start - tile.start : start - tile.start + len(part)] = part
+    return indices, *products
 
 
 def _new_checksums(job: Job, states: Trajectory, tile: Tile) -> dict[str, NDArray[np.uint32]]:
-    """Return the checksums, of no bytes yet, of the states of each array that a tile reads part by part.
-
-    `natgrad.store.States.read` verifies complete chunks itself.
-    """
+    """Return the checksums, of no bytes yet, of the states of each array that a pass compares or records."""
     updates = tile.stop - tile.start
     return {
         # No update leads from the last state: only its parameter and gradient are needed.
-        name: np.zeros(updates + (name in STATES[:2]), np.uint32)
+        name: np.zeros(updates + states.has_halo(name), np.uint32)
         for name in states.logged
-        if job.verified is not None and states.allows_partial_reads(name)
+        if job.verified is not None or states.in_place
     }
 
 
@@ -305,11 +358,12 @@ def _read(
         buffer[0] = buffer[most]
     out = buffer[carried : stop - start, : last - first]
     if not states.allows_partial_reads(name):
-        states.read(name, start + carried, stop, column, out, verified=job.verified is not None)
-        return buffer[: stop - start, : last - first]
-    file = states.locate(name, start + carried, stop, column)
-    while (failed := stream.read(file, first - states.column(column)[0], out)) is not None:
-        _read_again(states, name, start + carried + failed, column)
+        # Only complete chunks can be read, so the elements are those of the column.
+        states.read(name, start + carried, stop, column, out, verified=False)
+    else:
+        file = states.locate(name, start + carried, stop, column)
+        while (failed := stream.read(file, first - states.column(column)[0], out)) is not None:
+            _read_again(states, name, start + carried + failed, column)
     if checksums is not None:
         add_to_checksums(checksums[carried : stop - start], out)
     return buffer[: stop - start, : last - first]
@@ -332,12 +386,21 @@ def _buffer(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[
     return kept[name]
 
 
-def write_chunk(job: Job, chunk: LedgerChunk, digest: str, parts: Iterable[Segments]) -> Finished:
-    """Add up the segments of the tiles of a ledger chunk in the order of the element axis, and write the chunk."""
+def write_chunk(job: Job, chunk: LedgerChunk, digest: str, tiles: Iterable[Tiled]) -> Finished:
+    """Add up the segments of the tiles of a ledger chunk in the order of the element axis, and write the chunk.
+
+    The checksums of states that were read from the files of the log are recorded first. They determine the digest.
+    """
+    tiles = list(tiles)
+    parts = (tile.segments for tile in tiles)
     if job.ledger.keeps_versions:
         tensors = len(_trajectory(job).layout.tensors)
         products, ratio, *replicate_products = _summed(tensors, _joined(parts))
         return Computed(chunk, products, ratio, digest, *replicate_products)
+    if reads := [tile.reads for tile in tiles if tile.reads is not None]:
+        states = _trajectory(job)
+        states.checksums.record(_of_columns(reads))
+        digest = states.digests([chunk])[chunk]
     ledger = Ledger(job.ledger)
     products, ratio, *replicate_products = _summed(len(ledger.layout.tensors), _joined(parts))
     ledger.write(chunk, products, ratio, digest, *replicate_products)

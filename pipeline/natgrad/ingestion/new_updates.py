@@ -473,7 +473,9 @@ def _difference(
         for name, dtype in trajectory.dtypes.items():
             if replicate_of(name)[0] in lacks:
                 continue
-            recorded = trajectory.recorded_checksums(name, state, state + 1)
+            recorded, known = trajectory.checksums.of(name, state, state + 1)
+            if not known.all():
+                continue  # no pass has read it
             for column in range(trajectory.columns):
                 buffer = np.zeros(trajectory.chunk[1], storage_dtype(dtype))
                 first, last = trajectory.column(column)

@@ -1,5 +1,9 @@
 """Read states from files into a small buffer and compute their inner products there, in one compiled loop.
 
+A state consists of pieces, each of which is contiguous in one file. A chunk of a store contains a state in one
+piece, and the file of a log in one piece for each of its tensors, or fewer. Pieces that follow each other in one
+file are read together, whether they are of one state or of several.
+
 Two states of a read block fit into the cache of a core, so memory is read only once. Short states are read
 together.
 
@@ -13,7 +17,7 @@ wait for each other, and short states do not incur the cost of calls from Python
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import types
@@ -24,8 +28,24 @@ from natgrad.kernel.gram import entry, inner, pointer, row_products, words_of
 
 __all__ = ["Located", "buffer_bytes", "products", "read"]
 
-Located = tuple[NDArray[np.int32], NDArray[np.int64]]
-"""Location of states: descriptors of open files, and offsets of the first bytes; two arrays of shape (states,)."""
+
+class Located(NamedTuple):
+    """Location of the elements of states in open files.
+
+    Attributes
+    ----------
+    descriptors : int32 array, shape (states, pieces)
+        Descriptor of the file that contains each piece of a state.
+    offsets : int64 array, shape (states, pieces)
+        Offset of the first byte of each piece in its file.
+    starts : int64 array, shape (pieces + 1,)
+        First element of each piece, and the end of the last one. The first piece starts at element 0.
+    """
+
+    descriptors: NDArray[np.int32]
+    offsets: NDArray[np.int64]
+    starts: NDArray[np.int64]
+
 
 # The function of the C library. Python's function acquires and releases the interpreter lock at each call.
 _pread: Any = types.ExternalFunction(
@@ -50,27 +70,56 @@ def _read_bytes(descriptor: Any, address: Any, size: int, offset: int) -> bool:
 
 @entry()
 def _read_states(
-    descriptors: Any, offsets: Any, first: int, stop: int, shift: int, size: int, stride: int, address: Any
+    descriptors: Any,
+    offsets: Any,
+    starts: Any,
+    own: int,
+    array: int,
+    first: int,
+    stop: int,
+    low: int,
+    width: int,
+    size: int,
+    stride: int,
+    address: Any,
 ) -> int:
-    """Read a part of each state to addresses ``stride`` bytes apart; contiguous complete states are read together.
+    """Read ``width`` elements of ``size`` bytes, from element ``low``, of each state to addresses ``stride`` apart.
+
+    The pieces of several arrays are in one table. Those of this array begin at ``own``, and their starts at
+    ``own + array``, because each array before it has one more start than pieces. Bytes that are contiguous in a
+    file and in memory are read together.
 
     Returns the first state that cannot be read, or -1 if all were read.
     """
-    state = first
-    while state < stop:
-        last = state + 1
-        while (
-            size == stride
-            and last < stop
-            and descriptors[last] == descriptors[state]
-            and offsets[last] == offsets[state] + (last - state) * stride
-        ):
-            last += 1
-        together = (last - state) * size
-        if not _read_bytes(descriptors[state], address, together, offsets[state] + shift):
-            return state
-        address += np.uintp((last - state) * stride)
-        state = last
+    piece_of_low = own
+    while starts[array + piece_of_low + 1] <= low:
+        piece_of_low += 1
+    # The bytes that wait to be read: they may continue with those of the next piece.
+    waiting, waiting_state, waiting_descriptor, waiting_offset, waiting_address = 0, first, 0, 0, address
+    for state in range(first, stop):
+        target = address + np.uintp((state - first) * stride)
+        element, piece = low, piece_of_low
+        while element < low + width:
+            end = min(starts[array + piece + 1], low + width)
+            descriptor = descriptors[state, piece]
+            offset = offsets[state, piece] + (element - starts[array + piece]) * size
+            count = (end - element) * size
+            if (
+                waiting > 0
+                and descriptor == waiting_descriptor
+                and offset == waiting_offset + waiting
+                and target == waiting_address + np.uintp(waiting)
+            ):
+                waiting += count
+            else:
+                if waiting > 0 and not _read_bytes(waiting_descriptor, waiting_address, waiting, waiting_offset):
+                    return waiting_state
+                waiting, waiting_state = count, state
+                waiting_descriptor, waiting_offset, waiting_address = descriptor, offset, target
+            target += np.uintp(count)
+            element, piece = end, piece + 1
+    if waiting > 0 and not _read_bytes(waiting_descriptor, waiting_address, waiting, waiting_offset):
+        return waiting_state
     return -1
 
 
@@ -78,6 +127,8 @@ def _read_states(
 def _read_batch(
     descriptors: Any,
     offsets: Any,
+    starts: Any,
+    pieces: Any,
     itemsizes: Any,
     begin: int,
     end: int,
@@ -95,14 +146,25 @@ def _read_batch(
     Returns the array and state of the first failure, or (-1, -1) if all were read.
     """
     batch = addresses.shape[1] - 1
-    for array in range(descriptors.shape[0]):
+    for array in range(itemsizes.size):
         size = itemsizes[array]
         # Batches alternate between the halves of a buffer, because the last state of a batch is needed again.
         address = buffer + np.uintp(begin // batch % 2 * batch * stride * size)
         # A Hessian-vector product belongs to an update, so the last state has none.
-        stop = min(end, descriptors.shape[1] - 1) if array == 2 else end
+        stop = min(end, descriptors.shape[0] - 1) if array == 2 else end
         failed = _read_states(
-            descriptors[array], offsets[array], begin, stop, low * size, width * size, stride * size, address
+            descriptors,
+            offsets,
+            starts,
+            pieces[array],
+            array,
+            begin,
+            stop,
+            low,
+            width,
+            size,
+            stride * size,
+            address,
         )
         if failed >= 0:
             return array, failed
@@ -121,11 +183,13 @@ def _read_batch(
 def _stream(
     descriptors: Any,
     offsets: Any,
+    starts: Any,
+    pieces: Any,
     itemsizes: Any,
     like: Any,
     lows: Any,
     cuts: Any,
-    starts: Any,
+    segments: Any,
     stride: int,
     leads: Any,
     buffer: Any,
@@ -141,13 +205,15 @@ def _stream(
     updates, batch = leads.size, addresses.shape[1] - 1
     last_segment = 0
     for block in range(lows.size):
-        own = starts[cuts[block] : cuts[block + 1]]
+        own = segments[cuts[block] : cuts[block + 1]]
         first_segment, last_segment = last_segment, last_segment + own.size - 1
         for begin in range(0, updates + 1, batch):
             end = min(begin + batch, updates + 1)
             failed = _read_batch(
                 descriptors,
                 offsets,
+                starts,
+                pieces,
                 itemsizes,
                 begin,
                 end,
@@ -245,7 +311,7 @@ def products(
         raise ValueError(f"the buffer has {buffer.nbytes} bytes, but {needed} are needed")
     words = [words_of([np.empty((0, 0), dtype)])[0].dtype for dtype in dtypes]
     like = tuple(np.empty(0, dtype) for dtype in (*words, words[0], words[0])[:3])
-    descriptors, offsets = (np.stack([located[k] for located in files]) for k in (0, 1))
+    descriptors, offsets = (np.concatenate(parts, axis=1) for parts in list(zip(*files, strict=True))[:2])
     addresses = np.zeros((3, batch + 1), np.uintp)
     p, g, h = addresses if len(files) > 1 else (addresses[0], addresses[0], addresses[2])
     if checksums is not None:
@@ -253,6 +319,8 @@ def products(
     found = _stream(
         descriptors,
         offsets,
+        np.concatenate([located.starts for located in files]),
+        np.cumsum([0, *(located.descriptors.shape[1] for located in files)]),
         np.array([dtype.itemsize for dtype in dtypes]),
         like,
         np.array([block[0] for block in boundaries]),
@@ -293,8 +361,9 @@ def read(file: Located, first: int, out: NDArray[Any]) -> int | None:
     int or None
         The first state that cannot be read.
     """
-    descriptors, offsets = file
-    size, stride = out.shape[1] * out.itemsize, out.strides[0]
+    if not out.size:
+        return None
+    size, stride = out.itemsize, out.strides[0]
     address = np.uintp(out.__array_interface__["data"][0])
-    failed = _read_states(descriptors, offsets, 0, len(out), first * out.itemsize, size, stride, address)
+    failed = _read_states(*file, 0, 0, 0, len(out), first, out.shape[1], size, stride, address)
     return None if failed < 0 else int(failed)

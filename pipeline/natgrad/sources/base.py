@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from natgrad.schema.errors import InputError
 from natgrad.schema.names import REPLICATE_LOSS, REPLICATE_PARAMETER
+from natgrad.sources.byte_ranges import ByteRange
 from natgrad.sources.optimizers.state import OptimizerState
 from natgrad.sources.steps import LoggedStep, LoggedTensor
 from natgrad.storage import Storage
@@ -20,6 +21,7 @@ from natgrad.storage import Storage
 __all__ = [
     "Difference",
     "Keyed",
+    "Ranged",
     "Source",
     "StepContent",
     "StepReader",
@@ -144,6 +146,21 @@ class StepReader(Protocol):
             First element.
         out : one-dimensional contiguous array
             Buffer of the logged dtype, which is overwritten. bfloat16 is stored as uint16 bit patterns.
+        """
+        ...
+
+
+@runtime_checkable
+class Ranged(Protocol):
+    """A step whose tensors can be read from its files without this reader."""
+
+    def ranges(self, array: str, tensor: str) -> Sequence[ByteRange] | None:
+        """Return where the elements of a tensor are, in C order; None if they are not plain bytes of their dtype.
+
+        Parameters
+        ----------
+        array, tensor : str
+            Names from `StepReader.content`.
         """
         ...
 

@@ -9,7 +9,7 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import widened
 from natgrad.sources.bounds import TENSOR_OPERATIONS, Budget, shape_of, shown
+from natgrad.sources.byte_ranges import ByteRange
 from natgrad.sources.steps import LoggedStep, LoggedTensor, Unreadable, vanished, where
 from natgrad.storage import NotRegularError, Storage, network_errors, open_regular
 from natgrad.storage.local import read_at
@@ -132,6 +133,10 @@ class Container:
     def read(self, key: str, start: int, out: NDArray[Any]) -> None:
         """Read elements of a tensor into a buffer; see `StepReader.read`."""
         raise NotImplementedError
+
+    def ranges(self, key: str) -> Sequence[ByteRange] | None:
+        """Return where the elements of a tensor are in its files; see `natgrad.sources.base.Ranged`."""
+        return None
 
     def number(self, key: str) -> float | None:
         """Return the value of a plain number or of a tensor with one element; None for anything else."""

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from natgrad.schema.errors import InputError
 from natgrad.schema.logs import logger
 from natgrad.schema.names import REPLICATE_LOSS, REPLICATE_STATES, STATES
-from natgrad.sources.base import Difference, Source, StepContent, StepReader, Unshaped
+from natgrad.sources.base import Difference, Ranged, Source, StepContent, StepReader, Unshaped
+from natgrad.sources.byte_ranges import ByteRange
 from natgrad.sources.names import STATE_QUANTITIES
 from natgrad.sources.optimizers.state import OptimizerState
 from natgrad.sources.scalars.scalar_log import ScalarLog
@@ -315,7 +316,15 @@ class _JoinedStep:
 
     def read(self, array: str, tensor: str, start: int, out: NDArray[Any]) -> None:
         """Read elements of a tensor into a buffer; see `natgrad.sources.base.StepReader`."""
+        self._owner(array).read(array, tensor, start, out)
+
+    def ranges(self, array: str, tensor: str) -> Sequence[ByteRange] | None:
+        """Return where the elements of a tensor are; see `natgrad.sources.base.Ranged`."""
+        owner = self._owner(array)
+        return owner.ranges(array, tensor) if isinstance(owner, Ranged) else None
+
+    def _owner(self, array: str) -> StepReader:
         if self._owners is None:
             self.content()
         assert self._owners is not None
-        self._owners[array].read(array, tensor, start, out)
+        return self._owners[array]

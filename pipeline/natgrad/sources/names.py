@@ -15,6 +15,7 @@ from natgrad.schema.layout import STORAGE_DTYPES
 from natgrad.schema.names import REPLICATE_LOSS, REPLICATE_STATES, REPLICATES, SCALARS, STATES
 from natgrad.sources.base import Difference, StepContent
 from natgrad.sources.bounds import parse_toml, shown
+from natgrad.sources.byte_ranges import ByteRange
 from natgrad.sources.container import Container
 from natgrad.sources.optimizers.factors import USER_OPTIONS
 from natgrad.sources.optimizers.saved_state import SavedOptimizer, optimizer_roots, saved_optimizer
@@ -448,13 +449,20 @@ class NamedStep:
 
     def read(self, array: str, tensor: str, start: int, out: NDArray[Any]) -> None:
         """Read elements of a tensor into a buffer; see `natgrad.sources.base.StepReader`."""
+        self._container.read(self._key_of(array, tensor), start, out)
+
+    def ranges(self, array: str, tensor: str) -> Sequence[ByteRange] | None:
+        """Return where the elements of a tensor are; see `natgrad.sources.base.Ranged`."""
+        return self._container.ranges(self._key_of(array, tensor))
+
+    def _key_of(self, array: str, tensor: str) -> str:
         if self._keys is None:
             self._keys = {**self._arrays(set())}
         if array not in self._keys:
             # Match the optimizer state on first access: readers that do not need it skip this work.
             optimizer = self._optimizer(self._keys)
             self._keys |= {} if optimizer is None else optimizer.keys
-        self._container.read(self._keys[array][tensor], start, out)
+        return self._keys[array][tensor]
 
     def _text(self, quantity: str) -> str | None:
         """Return the text under the key of a scalar, for a message."""

@@ -195,6 +195,10 @@ def disk_errors(path: Path | None) -> Iterator[None]:
 # The storage -------------------------------------------------------------------------------------------------
 
 
+def _stat_of(status: os.stat_result) -> Stat:
+    return Stat(status.st_size, status.st_mtime_ns, f"{status.st_ino}:{status.st_ctime_ns}")
+
+
 class LocalStorage(Storage):
     """A file or folder on this machine.
 
@@ -261,8 +265,7 @@ class LocalStorage(Storage):
 
     def stat(self, *, fresh: bool = True) -> Stat:
         """Return the size and time of a file or folder; the tag is its inode and its status change time."""
-        found = self._path.stat()
-        return Stat(found.st_size, found.st_mtime_ns, f"{found.st_ino}:{found.st_ctime_ns}")
+        return _stat_of(self._path.stat())
 
     def is_folder(self) -> bool:
         """Return True if the path is a folder."""
@@ -561,6 +564,10 @@ class ChunkFile:
     def __init__(self, path: str) -> None:
         self.descriptor = open_regular(path)
         self.size = os.fstat(self.descriptor).st_size
+
+    def stat(self) -> Stat:
+        """Return the size, time and tag of the open file, which may have another name by now."""
+        return _stat_of(os.fstat(self.descriptor))
 
     def close(self) -> None:
         """Close the file."""

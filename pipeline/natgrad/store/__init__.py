@@ -7,13 +7,14 @@ Readers rely on the recorded states and updates, not on the shapes of arrays.
 
 from natgrad.schema.layout import storage_dtype
 from natgrad.storage import Location
+from natgrad.store.checksums import Reads, add_to_checksums, checksum
 from natgrad.store.group import exists, open_store, require_version
 from natgrad.store.ledger import Ledger
-from natgrad.store.states import add_to_checksums, checksum
 from natgrad.store.trajectory import Trajectory
 
 __all__ = [
     "Ledger",
+    "Reads",
     "Trajectory",
     "add_to_checksums",
     "checksum",

@@ -16,49 +16,32 @@ bfloat16 is stored as its bits in uint16, with the attribute ``ml_dtype``.
 
 from __future__ import annotations
 
+import itertools
 import math
 import tempfile
-from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from functools import cache
 from typing import Any
 
 import numpy as np
-from crc32c import crc32c
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
+from natgrad.kernel.stream import Located
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import MEBIBYTE, Layout, missing_word, storage_dtype
-from natgrad.schema.names import ELEMENT, REPLICATE, REPLICATE_STATES, STEP, of_replicate, replicate_of
+from natgrad.schema.names import ELEMENT, REPLICATE, REPLICATE_STATES, STATES, STEP, of_replicate, replicate_of
 from natgrad.storage import Storage
 from natgrad.storage.local import ChunkFile
+from natgrad.store.checksums import RecordedChecksums, add_to_checksums
 from natgrad.store.group import INGEST_AGAIN, ArrayPlan, chunk_entry, damage_error, open_array, with_length
 from natgrad.store.journal import Journal
+from natgrad.store.references import OpenFiles, References, joined
 
-__all__ = ["States", "add_to_checksums", "checksum", "ranges_of", "state_arrays", "storage_dtype"]
+__all__ = ["States", "ranges_of", "state_arrays", "storage_dtype"]
 
 _RANGE_BYTES, _RANGES = 4 * MEBIBYTE, 4
 """Bytes in a range of an object, and number of ranges that are requested concurrently."""
-
-
-def checksum(words: NDArray[Any]) -> int:
-    """Return the CRC-32C of the bytes of a contiguous array."""
-    return int(crc32c(words.data.cast("B")))
-
-
-def add_to_checksums(checksums: NDArray[np.uint32], words: NDArray[Any]) -> None:
-    """Extend checksums by further bytes of each state.
-
-    Parameters
-    ----------
-    checksums : uint32 array, shape (states,)
-        Checksums of the bytes so far, 0 of none; replaced by those including the new bytes.
-    words : array, shape (states, elements)
-        The elements of each state are contiguous.
-    """
-    for state, found in enumerate(checksums.tolist()):
-        checksums[state] = crc32c(words[state].data.cast("B"), found)
 
 
 def ranges_of(
@@ -145,6 +128,8 @@ class States:
     replicates : int
     compressed : collection of str
         Arrays whose chunks are compressed.
+    in_place : bool
+        States are read from the files of the log (`natgrad.store.references`) unless they are copied.
 
     Attributes
     ----------
@@ -177,8 +162,9 @@ class States:
         dtypes: dict[str, str],
         replicates: int,
         compressed: Iterable[str],
+        in_place: bool = False,
     ) -> None:
-        self.storage = storage
+        self.storage, self.in_place = storage, in_place
         self.layout, self.chunk, self.array_dtypes, self.replicates = layout, chunk, dtypes, replicates
         self.dtypes = {
             name: dtype
@@ -192,14 +178,12 @@ class States:
         self._array = cache(lambda name: open_array(self.storage / name))
         # Creating a storage path takes as long as opening a file.
         self._folder = None if storage.local_path is None else str(storage.local_path)
-        self._checksums: tuple[int, dict[str, NDArray[np.uint32]]] = (0, {})
-        # The first state of a record never changes.
-        self._record_start: Callable[[str], int] = cache(lambda number: int(self.journal.read(number)["start"]))
         self._open: dict[tuple[str, int, int], ChunkFile | _MissingState] = {}
         self._read_ahead = 0
         self._writes = storage.writes()
         self._written: set[Storage] = set()
         self.journal = Journal(storage / "commits", INGEST_AGAIN)
+        self.checksums = RecordedChecksums(self, storage / "reads", INGEST_AGAIN)
         self._load_records()
 
     def refresh(self) -> None:
@@ -209,6 +193,7 @@ class States:
             self.storage = storage
             self._array.cache_clear()
             self.journal = Journal(storage / "commits", INGEST_AGAIN)
+            self.checksums = RecordedChecksums(self, storage / "reads", INGEST_AGAIN)
         self._load_records()
 
     def _load_records(self) -> None:
@@ -220,7 +205,25 @@ class States:
         self.n_fixed = int(self._newest["stop"])
         self._provisional = provisional if provisional.get("start") == self.n_fixed else {}
         self.n_states = self.n_fixed + bool(self._provisional)
-        self._checksums = (0, {})
+        self._references: References | None = None
+        self._files = OpenFiles([])
+        self._gone: frozenset[int] = frozenset()
+        self.checksums.forget()
+
+    @property
+    def references(self) -> References:
+        """The files of the log that contain states which are not copied."""
+        if self._references is None:
+            records = [record for record in self.each_record() if "references" in record] if self.in_place else []
+            self._references = References((record["start"], record["references"]) for record in records)
+            self._files = OpenFiles(self._references.files)
+            self._gone = frozenset(state for record in records for state in record.get("gone", ()))
+        return self._references
+
+    @property
+    def gone(self) -> frozenset[int]:
+        """States of older attempts whose files a restarted run has overwritten or removed."""
+        return self._gone if self.references.files else frozenset()
 
     @property
     def provisional(self) -> tuple[str, ...]:
@@ -282,8 +285,31 @@ class States:
         return chunk_entry(self.storage / array, index, *([] if replicate is None else [replicate]), column)
 
     def allows_partial_reads(self, name: str) -> bool:
-        """Return True if parts of a chunk can be read, because chunks are uncompressed local files."""
-        return not self.is_compressed(name) and self._folder is not None
+        """Return True if parts of a chunk can be read, because they are in uncompressed local files."""
+        are_copied = not self._are_referenced(name, 0, self._stored(name)).all() or not self.in_place
+        if self.is_compressed(name) or (are_copied and self._folder is None):
+            return False
+        return self.references.is_local
+
+    def _are_referenced(self, name: str, start: int, stop: int) -> NDArray[np.bool_]:
+        """Return which states of an array are in the files of the log, shape (states,)."""
+        if not self.in_place:
+            return np.zeros(stop - start, bool)
+        return np.fromiter((self.references.has(name, state) for state in range(start, stop)), bool, stop - start)
+
+    def are_first_read_by_a_pass(self, name: str, start: int, stop: int) -> NDArray[np.bool_]:
+        """Return which states of an array have no checksum before a pass has read them, shape (states,)."""
+        return self._are_referenced(name, start, stop) & (name in self.logged)
+
+    @property
+    def logged(self) -> tuple[str, ...]:
+        """Names of the logged arrays (step, element), without those of the optimizer state."""
+        replicates = [name for array in REPLICATE_STATES for name in self.replicates_of(array)]
+        return tuple(name for name in (*STATES, *replicates) if name in self.dtypes)
+
+    def has_halo(self, name: str) -> bool:
+        """Return True if an update needs an array of the state after it, not only of the state before it."""
+        return name in STATES[:2]
 
     # Reading ------------------------------------------------------------------------------------------------
 
@@ -300,14 +326,61 @@ class States:
         """
         self._read_ahead = columns
         still_needed: set[tuple[str, int, int]] = set()
+        files_needed = False
         try:
             yield
             still_needed = {key for key in self._open if key[2] > column}
+            files_needed = column + 1 < columns
+            self._files.require_unchanged()
         finally:
             for key in set(self._open) - still_needed:
                 self._open.pop(key).close()
+            if not files_needed:
+                self._files.close()
 
-    def locate(self, name: str, start: int, stop: int, column: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    def ranges(self, start: int, stop: int, column: int) -> Iterator[tuple[int, int]]:
+        """Divide updates into ranges whose states can be located together, while a column is `opened`.
+
+        The number of open files and of located pieces is limited. Updates of states that are `gone` are omitted
+        if no pass has read them: their products are not known.
+
+        Parameters
+        ----------
+        start, stop : int
+            Updates; the states of a range include the one after its last update.
+        column : int
+
+        Yields
+        ------
+        (int, int)
+
+        Raises
+        ------
+        InputError
+            If a state is gone that a pass has read before.
+        """
+        if not self.references.files:
+            yield start, stop
+            return
+        sizes = {name: storage_dtype(self.dtypes[name]).itemsize for name in self.logged}
+        gone = sorted(state for state in self.gone if start <= state <= stop)
+        for state in gone:
+            self._require_never_read(state)
+        # A state that is gone belongs to the update that leads to it, and to the next one.
+        starts, stops = [start, *(state + 1 for state in gone)], [*(state - 1 for state in gone), stop]
+        for low, high in zip(starts, stops, strict=True):
+            for first, last, files in self.references.ranges(sizes, low, high, self.column(column)):
+                self._files.keep(files)
+                yield first, last
+
+    def _require_never_read(self, state: int) -> None:
+        """Raise an error for a state that is gone if a pass has read it: its updates must not be lost."""
+        if any(self.checksums.of(name, state, state + 1)[1].all() for name in self.logged):
+            raise self.references.first_file(state).error(
+                "a restarted run has overwritten or removed it", self.named(state, state + 1)
+            )
+
+    def locate(self, name: str, start: int, stop: int, column: int) -> Located:
         """Locate committed states of a chunk column in their files, while the column is `opened`.
 
         Parameters
@@ -318,31 +391,54 @@ class States:
             Range of states.
         column : int
 
-        Returns
-        -------
-        descriptors : int32 array, shape (states,)
-            File descriptor of the chunk of each state.
-        offsets : int64 array, shape (states,)
-            Offset of each state in its file, in bytes.
-
         Raises
         ------
         InputError
-            If a state is not committed, or a chunk is missing or too short.
+            If a state is not committed, or a chunk or file is missing, too short or changed.
         """
         self._require_committed(name, start, stop)
-        steps, stored = self.chunk[0], max(start, min(stop, self._stored(name)))
-        indices = range(start // steps, -(-stored // steps) if start < stored else start // steps)
+        stored = max(start, min(stop, self._stored(name)))
+        itemsize, ends = storage_dtype(self.dtypes[name]).itemsize, self.column(column)
+        parts = []
+        for low, high, referenced in self._divided(name, start, stored):
+            if not referenced:
+                parts.append(self._locate_copies(name, low, high, column))
+                continue
+            files, *rest = self.references.locate(name, range(low, high), ends, itemsize)
+            used, positions = np.unique(files, return_inverse=True)
+            descriptors = np.array([self._files.descriptor(index) for index in used.tolist()], np.int32)
+            parts.append(Located(descriptors[positions].reshape(files.shape), *rest))
+        if stored < stop:
+            missing = self._open.get((name, -1, column)) or _MissingState(self.chunk[1], self.dtypes[name])
+            self._open[name, -1, column] = missing
+            parts.append(self._in_one_piece([missing.descriptor], [0], column))
+        return joined(parts, itemsize) if parts else self._in_one_piece([], [], column)
+
+    def _locate_copies(self, name: str, start: int, stop: int, column: int) -> Located:
+        steps = self.chunk[0]
+        indices = range(start // steps, -(-stop // steps))
         files = [self._opened_chunk(name, index, column).descriptor for index in indices]
         offsets = np.arange(steps, dtype=np.int64) * (self._chunk_bytes[name] // steps)
-        requested = slice(start - indices.start * steps, stored - indices.start * steps)
-        descriptors = np.repeat(np.array(files, np.int32), steps)[requested]
-        offsets = np.tile(offsets, len(files))[requested]
-        if stored == stop:
-            return descriptors, offsets
-        missing = self._open.get((name, -1, column)) or _MissingState(self.chunk[1], self.dtypes[name])
-        self._open[name, -1, column] = missing
-        return np.append(descriptors, np.int32(missing.descriptor)), np.append(offsets, np.int64(0))
+        requested = slice(start - indices.start * steps, stop - indices.start * steps)
+        return self._in_one_piece(
+            np.repeat(files, steps)[requested], np.tile(offsets, len(files))[requested], column
+        )
+
+    def _in_one_piece(self, descriptors: ArrayLike, offsets: ArrayLike, column: int) -> Located:
+        first, last = self.column(column)
+        return Located(
+            np.asarray(descriptors, np.int32)[:, None],
+            np.asarray(offsets, np.int64)[:, None],
+            np.array([0, last - first]),
+        )
+
+    def _divided(self, name: str, start: int, stop: int) -> Iterator[tuple[int, int, bool]]:
+        """Divide states into ranges that are all in the files of the log (True), or all in chunks (False)."""
+        referenced = self._are_referenced(name, start, stop)
+        edges = [0, *(np.flatnonzero(np.diff(referenced)) + 1).tolist(), stop - start]
+        for low, high in itertools.pairwise(edges):
+            if low < high:
+                yield start + low, start + high, bool(referenced[low])
 
     def read(
         self, name: str, start: int, stop: int, column: int, out: NDArray[Any], *, verified: bool = True
@@ -376,15 +472,21 @@ class States:
         )
         stored = min(stop, self._stored(name))
         out[max(stored - start, 0) :] = missing_word(self.dtypes[name])
-        for index in range(start // steps, -(-stored // steps) if start < stored else 0):
-            low, high = max(start, index * steps), min(stored, (index + 1) * steps)
-            states = out[low - start : high - start]
-            read(name, index, column, low, states)
-            if verified:
-                # Blosc decompresses a truncated chunk to wrong values without an error.
-                checksums = np.zeros(len(states), np.uint32)
-                add_to_checksums(checksums, states)
-                self.require_recorded(name, low, column, checksums)
+        for begin, end, referenced in self._divided(name, start, stored):
+            for index in range(begin // steps, -(-end // steps)):
+                low, high = max(begin, index * steps), min(end, (index + 1) * steps)
+                states = out[low - start : high - start]
+                if referenced:
+                    for state, words in enumerate(states, low):
+                        part = f"{name}, {self.named(state, state + 1)}"
+                        self.references.read(name, state, self.column(column), words, part)
+                else:
+                    read(name, index, column, low, states)
+                if verified:
+                    # Blosc decompresses a truncated chunk to wrong values without an error.
+                    checksums = np.zeros(len(states), np.uint32)
+                    add_to_checksums(checksums, states)
+                    self.require_recorded(name, low, column, checksums)
 
     def _read_file(self, name: str, index: int, column: int, start: int, out: NDArray[Any]) -> None:
         """Read states of an uncompressed local chunk, with one read if they are contiguous in the buffer."""
@@ -406,6 +508,8 @@ class States:
         first, last = self.tensors_of(column)
         tensors = f"tensor {first}" if first == last else f"tensors {first} to {last}"
         part = f"{name}, {self.named(start, stop)}, {tensors}"
+        if self._are_referenced(name, start, start + 1)[0]:
+            return self.references.first_file(start, name, self.column(column)).error(what, part)
         return damage_error(self.chunk_entry(name, index, column), what, INGEST_AGAIN, part)
 
     def tensors_of(self, column: int) -> tuple[str, str]:
@@ -477,8 +581,15 @@ class States:
                 words = np.frombuffer(content, out.dtype).reshape(-1, self.chunk[1])
                 out[low:high] = words[:, : out.shape[1]]
 
-    def require_recorded(self, name: str, start: int, column: int, checksums: NDArray[np.uint32]) -> None:
-        """Compare the checksums of states that were read from a chunk column with those recorded at the commit.
+    def require_recorded(
+        self,
+        name: str,
+        start: int,
+        column: int,
+        checksums: NDArray[np.uint32],
+        was_read: NDArray[np.bool_] | None = None,
+    ) -> None:
+        """Compare the checksums of states that were read from a chunk column with those that are recorded.
 
         Parameters
         ----------
@@ -487,41 +598,22 @@ class States:
             The first of the states.
         column : int
         checksums : uint32 array, shape (states,)
-            See `checksum`.
+            See `natgrad.store.checksums.checksum`.
+        was_read : bool array, shape (states,), optional
+            Do not compare the other states.
 
         Raises
         ------
         InputError
             If they differ. The message names the first damaged chunk, its tensors and the damaged steps.
         """
-        recorded = self.recorded_checksums(name, start, start + len(checksums))[:, column]
-        damaged = start + np.flatnonzero(checksums != recorded)
+        recorded, known = self.checksums.of(name, start, start + len(checksums))
+        compared = known if was_read is None else known & was_read
+        damaged = start + np.flatnonzero((checksums != recorded[:, column]) & compared)
         if damaged.size:
             index = int(damaged[0]) // self.chunk[0]
             last = int(damaged[damaged // self.chunk[0] == index][-1])
             raise self._damaged(name, index, column, "checksum mismatch", (int(damaged[0]), last + 1))
-
-    def recorded_checksums(self, name: str, start: int, stop: int) -> NDArray[np.uint32]:
-        """Return the checksums of committed states of an array, shape (states, columns); see `checksum`.
-
-        The records that contain these states are read and kept until others are needed: all records of a long run
-        of a large model may not fit in memory.
-        """
-        self._require_committed(name, start, stop)
-        if start == stop:
-            return np.empty((0, self.columns), np.uint32)
-        first, known = self._checksums
-        if not (known and first <= start and stop <= first + len(known[name])):
-            begin = max(bisect_right(self.journal.names(), start, key=self._record_start) - 1, 0)
-            parts: list[dict[str, Any]] = []
-            for record in self.each_record(begin):
-                if parts and record["start"] >= stop:
-                    break
-                parts.append(record)
-            first = int(parts[0]["start"])
-            known = {each: np.concatenate([part["checksums"][each] for part in parts]) for each in self.dtypes}
-            self._checksums = first, known
-        return known[name][start - first : stop - first]
 
     # Writing ------------------------------------------------------------------------------------------------
 
@@ -561,10 +653,11 @@ class States:
                 raise self._damaged(name, index, column, str(error)) from error
 
     def _require_intact(self, name: str, index: int, column: int) -> None:
-        """Raise an error if the committed states of a chunk do not match their checksums."""
-        start = index * self.chunk[0]
-        states = np.empty((self.n_fixed - start, self.chunk[1]), storage_dtype(self.dtypes[name]))
-        self.read(name, start, self.n_fixed, column, states)
+        """Raise an error if the committed copies in a chunk do not match their checksums."""
+        for start, stop, referenced in self._divided(name, index * self.chunk[0], self.n_fixed):
+            if not referenced:
+                states = np.empty((stop - start, self.chunk[1]), storage_dtype(self.dtypes[name]))
+                self.read(name, start, stop, column, states)
 
     def abandon(self) -> None:
         """Cancel uncommitted writes. On return, no write is running."""

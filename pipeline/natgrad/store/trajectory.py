@@ -24,7 +24,6 @@ replaces it. A state that still lacks something when others follow it (the last 
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -41,9 +40,7 @@ from natgrad.schema.names import (
     OPTIMIZER_NUMBERS,
     REPLICATE,
     REPLICATE_LOSS,
-    REPLICATE_STATES,
     RUN,
-    STATES,
     STEP,
     TENSOR,
     USUAL_SCALARS,
@@ -67,6 +64,7 @@ from natgrad.store.group import (
     resize_all,
 )
 from natgrad.store.journal import sources_of
+from natgrad.store.references import StateReference, encode
 from natgrad.store.states import States, state_arrays
 
 __all__ = ["Trajectory"]
@@ -136,6 +134,7 @@ class Trajectory(States):
             dtypes,
             attributes.get("replicates", 0),
             (name for name in dtypes if not is_plain(documents[name])),
+            attributes.get("in_place", False),
         )
         self._require_records({name: document["shape"][0] for name, document in documents.items()})
 
@@ -177,6 +176,7 @@ class Trajectory(States):
         tables: Sequence[str] = (),
         replicates: int = 0,
         read_options: Mapping[str, Any] | None = None,
+        in_place: bool = False,
     ) -> Trajectory:
         """Create an empty trajectory, replacing an existing one.
 
@@ -203,6 +203,8 @@ class Trajectory(States):
             Number of replicates of a stochastic rule.
         read_options : mapping, optional
             Options for reading the log.
+        in_place : bool
+            States are read from the files of the log; see `natgrad.store.references`.
 
         Raises
         ------
@@ -220,6 +222,8 @@ class Trajectory(States):
         }
         if replicates:
             attributes["replicates"] = replicates
+        if in_place:
+            attributes["in_place"] = True
         if read_options is not None:
             attributes["read_options"] = dict(read_options)
         arrays = state_arrays(layout, dtypes, chunk, replicates, compressors or {})
@@ -259,12 +263,6 @@ class Trajectory(States):
     def arrays(self) -> tuple[str, ...]:
         """Names of all Zarr arrays."""
         return (*self.array_dtypes, *self.numbers)
-
-    @property
-    def logged(self) -> tuple[str, ...]:
-        """Names of the logged arrays (step, element), without those of the optimizer state."""
-        replicates = [name for array in REPLICATE_STATES for name in self.replicates_of(array)]
-        return tuple(name for name in (*STATES, *replicates) if name in self.dtypes)
 
     @property
     def has_gradient(self) -> bool:
@@ -565,6 +563,7 @@ class Trajectory(States):
         lacking: Sequence[Sequence[str]] = (),
         *,
         provisional: bool = False,
+        references: Sequence[StateReference | None] = (),
     ) -> None:
         """Make written states visible in all arrays together. They replace a provisional state.
 
@@ -587,6 +586,8 @@ class Trajectory(States):
             Names of the arrays and numbers that each state lacks; their values are NaN. Default: none.
         provisional : bool
             The last of these states is provisional, because of what it lacks.
+        references : sequence of StateReference or None, length n, optional
+            Where each state is in the files of the log. The arrays that its reference contains were not written.
         """
         start, stop = self.n_fixed, self.n_fixed + len(steps)
         fixed = stop - provisional
@@ -620,6 +621,8 @@ class Trajectory(States):
             lacks = {str(start + state): list(names) for state, names in enumerate(lacking) if names}
             lacks = {state: names for state, names in lacks.items() if first <= int(state) < end}
             described |= {"lacking": lacks} if lacks else {}
+            if any(references[first - start : end - start]):
+                described["references"] = encode(references[first - start : end - start])
             if self.sweep:
                 before = named + len({*runs[: first - start]} - {*list(known)[:named]})
                 described["runs"] = [name for name in list(known)[before:] if name in runs[: end - start]]
@@ -649,24 +652,27 @@ class Trajectory(States):
     # Digests ------------------------------------------------------------------------------------------------
 
     def fingerprint(self) -> str:
-        """Return one digest of all committed states."""
-        all_states = LedgerChunk(0, self.n_states)
-        return self.digests([all_states])[all_states]
+        """Return one digest of all committed states that a pass reads.
+
+        Raises
+        ------
+        InputError
+            If the checksum of a state is not known, because no pass has read it yet.
+        """
+        all_states = LedgerChunk(0, max(self.n_states - 1, 0))
+        found = self.digests([all_states])[all_states]
+        if not found:
+            raise InputError(
+                "the checksums of the states are not known yet",
+                where=str(self.storage),
+                why="the states are in the files of the log (--in-place), and no pass has read all of them",
+                remedy="run natgrad analyze OUT",
+            )
+        return found
 
     def digests(self, chunks: Iterable[LedgerChunk]) -> dict[LedgerChunk, str]:
-        """Return the digest of the states from which each ledger chunk is computed, including the halo."""
-        names = self.logged
-        starts = np.zeros(self.n_states + 1, "<u4")
-        starts[self._starts()] = 1
-        hashes = {chunk: hashlib.sha256() for chunk in chunks}
-        waiting = sorted(hashes, reverse=True)
-        active: list[LedgerChunk] = []
-        for record in self.each_record():
-            start, stop = record["start"], record["stop"]
-            words = np.column_stack([*(record["checksums"][name] for name in names), starts[start:stop]])
-            while waiting and waiting[-1].start < stop:
-                active.append(waiting.pop())
-            for chunk in active:
-                hashes[chunk].update(words[max(chunk.start - start, 0) : chunk.stop + 1 - start].data)
-            active = [chunk for chunk in active if chunk.stop + 1 > stop]
-        return {chunk: found.hexdigest() for chunk, found in hashes.items()}
+        """Return the digest of the states from which each ledger chunk is computed, including the halo.
+
+        The digest is empty if the checksum of a state is not known, because no pass has read it yet.
+        """
+        return self.checksums.digests(chunks, self._starts())

@@ -20,6 +20,7 @@ from natgrad.schema.names import REPLICATE_STATES, STEP
 from natgrad.schema.times import oldest
 from natgrad.storage import Storage
 from natgrad.store.checked import verify_files
+from natgrad.store.checksums import checksum
 from natgrad.store.group import (
     OtherVersion,
     chunk_entry,
@@ -31,7 +32,6 @@ from natgrad.store.group import (
 )
 from natgrad.store.journal import Journal
 from natgrad.store.ledger import Ledger
-from natgrad.store.states import checksum
 from natgrad.store.trajectory import Trajectory
 
 __all__ = ["Damage", "verified_since", "verify_ledger", "verify_results", "verify_trajectory"]

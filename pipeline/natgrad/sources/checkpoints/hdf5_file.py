@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from natgrad.schema.errors import InputError
 from natgrad.sources.bounds import Budget
+from natgrad.sources.byte_ranges import ByteRange
 from natgrad.sources.container import Container, boxes, read_errors
 from natgrad.sources.steps import LoggedStep, where
 from natgrad.storage import require_regular
@@ -98,6 +99,15 @@ class Hdf5File(Container):
                 size = math.prod(shape)
                 dataset.read_direct(out[done : done + size].reshape(shape), box)
                 done += size
+
+    def ranges(self, key: str) -> list[ByteRange] | None:
+        """Return where the elements of a tensor are; see `natgrad.sources.base.Ranged`."""
+        dataset = self._datasets[key]
+        # The offset is None for a dataset in chunks, or so small that it is in its header.
+        offset = None if dataset.chunks else dataset.id.get_offset()
+        if offset is None or dataset.dtype != dataset.dtype.newbyteorder("<"):
+            return None
+        return [ByteRange(self.step.storage, offset, math.prod(dataset.shape))]
 
     def close(self) -> None:
         """Close the file."""

@@ -5,7 +5,7 @@ The Trainer saves model, optimizer and log history. ``Accelerator.save_state`` s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from natgrad.schema.errors import InputError
 from natgrad.sources.base import Difference, StepContent
+from natgrad.sources.byte_ranges import ByteRange
 from natgrad.sources.checkpoints.dcp_folder import DcpFolder, holds_dcp
 from natgrad.sources.checkpoints.deepspeed_folder import DEEPSPEED_KIND, DeepSpeedFolder
 from natgrad.sources.checkpoints.model_folder import ModelFolder, holds_model
@@ -108,6 +109,10 @@ class _WithState(Container):
         """Read elements of a tensor into a buffer; see `natgrad.sources.base.StepReader`."""
         self._state.get(key, self._model).read(key, start, out)
 
+    def ranges(self, key: str) -> Sequence[ByteRange] | None:
+        """Return where the elements of a tensor are; see `natgrad.sources.base.Ranged`."""
+        return self._state.get(key, self._model).ranges(key)
+
     def close(self) -> None:
         """Close the files."""
         self._stack.close()
@@ -161,7 +166,7 @@ class _TrainerStep:
 
     def __init__(self, reader: NamedStep, step: LoggedStep, history: Mapping[int, Mapping[str, Any]]) -> None:
         self._reader, self._step, self._history = reader, step, history
-        self.read = reader.read
+        self.read, self.ranges = reader.read, reader.ranges
 
     def __enter__(self) -> _TrainerStep:
         return self

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from natgrad.schema.errors import InputError
 from natgrad.sources.bounds import Budget, integer, shape_of, shown
+from natgrad.sources.byte_ranges import ByteRange
 from natgrad.sources.checkpoints.zip_members import open_archive, stored_start
 from natgrad.sources.container import Container, Region, read_errors
 from natgrad.sources.steps import LoggedStep, where
@@ -85,6 +86,24 @@ class NpzFile(Container):
                         f"an array of shape {shape} and dtype {dtype} does not have the {member.file_size} bytes "
                         f"of {shown(member.filename)}: it ends early, or its header is wrong"
                     )
+
+    def ranges(self, key: str) -> list[ByteRange] | None:
+        """Return where the elements of a tensor are; see `natgrad.sources.base.Ranged`."""
+        member = self._archive.getinfo(key + _SUFFIX)
+        if member.compress_type != zipfile.ZIP_STORED or self.step.storage.local_path is None:
+            return None
+        with read_errors(self.step, _FORM, key):
+            with self._archive.open(member) as file:
+                shape, fortran, dtype = self._header(file)
+                header = file.tell()
+            if (fortran and len(shape) > 1) or not dtype.isnative:
+                return None
+            descriptor = open_regular(self.step.path)
+            try:
+                start = stored_start(Region(descriptor), member) + header
+            finally:
+                os.close(descriptor)
+        return [ByteRange(self.step.storage, start, math.prod(shape))]
 
     def close(self) -> None:
         """Close the file."""

@@ -6,6 +6,7 @@ the NumPy interface of the library does not support bfloat16 and cannot fill an 
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import tempfile
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from natgrad.sources.bounds import Budget, integer, parse_json, shown
+from natgrad.sources.byte_ranges import ByteRange
 from natgrad.sources.container import Container, ObjectRegion, Region, read_errors
 from natgrad.sources.steps import LoggedStep
 from natgrad.storage import Storage, open_regular, require_regular
@@ -53,7 +55,7 @@ class SafetensorsFile(Container):
 
     def __init__(self, step: LoggedStep, file: Storage | None = None) -> None:
         super().__init__(step)
-        file = step.storage if file is None else file
+        self._file = file = step.storage if file is None else file
         self._descriptor: int | None = None
         self._region: Region | ObjectRegion
         with read_errors(step, _FORM):
@@ -99,6 +101,10 @@ class SafetensorsFile(Container):
         """Read elements of a tensor into a buffer; see `natgrad.sources.base.StepReader`."""
         with read_errors(self.step, _FORM, key):
             self._region.fill(self._data + self._offsets[key] + start * out.itemsize, out)
+
+    def ranges(self, key: str) -> list[ByteRange]:
+        """Return where the elements of a tensor are: the format stores them in C order, little-endian."""
+        return [ByteRange(self._file, self._data + self._offsets[key], math.prod(self.tensors[key].shape))]
 
     def close(self) -> None:
         """Close the file."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 from numpy.typing import NDArray
 
 from natgrad.sources.bounds import Budget, shown
+from natgrad.sources.byte_ranges import ByteRange
 from natgrad.sources.container import Container
 from natgrad.sources.steps import LoggedStep
 
@@ -67,6 +68,11 @@ class SeveralFiles(Container):
         """Read elements of a tensor into a buffer; see `natgrad.sources.base.StepReader`."""
         container, inner = self._origins[key]
         container.read(inner, start, out)
+
+    def ranges(self, key: str) -> Sequence[ByteRange] | None:
+        """Return where the elements of a tensor are; see `natgrad.sources.base.Ranged`."""
+        container, inner = self._origins[key]
+        return container.ranges(inner)
 
     def close(self) -> None:
         """Close the files."""

@@ -13,7 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from natgrad.schema.errors import InputError
+from natgrad.schema.layout import storage_dtype
 from natgrad.sources.base import Source, StepReader
+from natgrad.sources.byte_ranges import ByteRange, part_of
 from natgrad.sources.container import Container, read_errors
 from natgrad.sources.names import NATIVE, NamedStep
 from natgrad.sources.steps import LoggedStep, LoggedTensor
@@ -171,6 +173,13 @@ class _Row(Container):
         # Errors must name the step that is read, not the one that opened the file.
         self._container.step = self.step
         self._container.read(key, self._row * math.prod(self.tensors[key].shape) + start, out)
+
+    def ranges(self, key: str) -> Sequence[ByteRange] | None:
+        """Return where the elements of a tensor are; see `natgrad.sources.base.Ranged`."""
+        logged = self.tensors[key]
+        size = math.prod(logged.shape)
+        itemsize = storage_dtype(logged.dtype).itemsize
+        return part_of(self._container.ranges(key), itemsize, self._row * size, size)
 
     def close(self) -> None:
         """Release the file; its last user closes it."""

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from natgrad.sources.bounds import Budget, integer, shape_of, shown
+from natgrad.sources.byte_ranges import ByteRange
 from natgrad.sources.checkpoints import pickle_data
 from natgrad.sources.checkpoints.pickle_data import Attributes, Global, Record, Skipped
 from natgrad.sources.checkpoints.zip_members import open_archive, stored_start
@@ -393,6 +394,10 @@ class TorchArchive:
         """Return the offset in bytes of the first element of a tensor in the region."""
         return self._start(tensor.storage) + tensor.offset * TORCH_DTYPES[tensor.dtype][1]
 
+    def offset(self, tensor: TorchTensor) -> int | None:
+        """Return the offset in bytes of the first element in the file; None if the elements are not in C order."""
+        return self._region.start + self.position(tensor) if tensor.contiguous else None
+
     def read(self, tensor: TorchTensor, start: int, out: NDArray[Any]) -> None:
         """Read elements of a tensor, flattened in C order, into a buffer.
 
@@ -478,6 +483,16 @@ class TorchFile(Container):
     def read(self, key: str, start: int, out: NDArray[Any]) -> None:
         """Read elements of a tensor into a buffer; see `natgrad.sources.base.StepReader`."""
         self.read_part(self._tensors[key], key, start, out)
+
+    def ranges(self, key: str) -> list[ByteRange] | None:
+        """Return where the elements of a tensor are; see `natgrad.sources.base.Ranged`."""
+        return self.ranges_of(self._tensors[key], key)
+
+    def ranges_of(self, tensor: TorchTensor, key: str) -> list[ByteRange] | None:
+        """Return where the elements of a tensor from `leaves` are; see `natgrad.sources.base.Ranged`."""
+        with read_errors(self.step, _FORM, key):
+            offset = self._archive.offset(tensor)
+            return None if offset is None else [ByteRange(self.step.storage, offset, math.prod(tensor.shape))]
 
     def close(self) -> None:
         """Close the file."""

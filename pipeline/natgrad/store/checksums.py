@@ -1,0 +1,230 @@
+"""Compute and record the checksums of states: of copies when they are written, of references when they are read.
+
+A pass computes the checksums of all states that it reads while their bytes are in the cache. Those of copied states
+are compared with the record of their commit. The first pass over a state in the files of the log records its
+checksums in ``reads``, and every later read compares with them. A log is therefore never read only for checksums.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_right
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from crc32c import crc32c
+from numpy.typing import NDArray
+
+from natgrad.schema.layout import LedgerChunk
+from natgrad.storage import Storage
+from natgrad.store.journal import Journal
+
+if TYPE_CHECKING:
+    from natgrad.store.states import States
+
+__all__ = ["KnownChecksums", "Reads", "RecordedChecksums", "add_to_checksums", "checksum"]
+
+
+def checksum(words: NDArray[Any]) -> int:
+    """Return the CRC-32C of the bytes of a contiguous array."""
+    return int(crc32c(words.data.cast("B")))
+
+
+def add_to_checksums(checksums: NDArray[np.uint32], words: NDArray[Any]) -> None:
+    """Extend checksums by further bytes of each state.
+
+    Parameters
+    ----------
+    checksums : uint32 array, shape (states,)
+        Checksums of the bytes so far, 0 of none; replaced by those including the new bytes.
+    words : array, shape (states, elements)
+        The elements of each state are contiguous.
+    """
+    for state, found in enumerate(checksums.tolist()):
+        checksums[state] = crc32c(words[state].data.cast("B"), found)
+
+
+class Reads(NamedTuple):
+    """Checksums of consecutive states that a pass has read.
+
+    Attributes
+    ----------
+    start : int
+        First state.
+    checksums : mapping
+        Array to uint32 array, shape (states, columns).
+    was_read : mapping
+        Array to bool array, shape (states,): False for states that the pass did not need.
+    """
+
+    start: int
+    checksums: Mapping[str, NDArray[np.uint32]]
+    was_read: Mapping[str, NDArray[np.bool_]]
+
+
+class KnownChecksums(NamedTuple):
+    """Checksums of consecutive states, and which of them are known.
+
+    Attributes
+    ----------
+    start : int
+        First state.
+    values : mapping
+        Array to uint32 array, shape (states, columns); 0 where it is not known.
+    known : mapping
+        Array to bool array, shape (states,).
+    """
+
+    start: int
+    values: dict[str, NDArray[np.uint32]]
+    known: dict[str, NDArray[np.bool_]]
+
+
+class RecordedChecksums:
+    """The recorded checksums of the states of a trajectory.
+
+    Parameters
+    ----------
+    states : States
+    folder : Storage
+        Folder of the records of reads.
+    remedy : str
+        Advice for a record that cannot be read, for the error message.
+    """
+
+    def __init__(self, states: States, folder: Storage, remedy: str) -> None:
+        self._states, self._journal = states, Journal(folder, remedy)
+        self._kept: KnownChecksums | None = None
+        # The first state of a record never changes.
+        self._record_start: Callable[[str], int] = cache(
+            lambda number: int(self._states.journal.read(number)["start"])
+        )
+
+    def forget(self) -> None:
+        """Read the records again, because others were added."""
+        self._kept = None
+
+    def each(self, first: int = 0) -> Iterator[KnownChecksums]:
+        """Yield the checksums of the states of each commit, in order: those of a long run may not fit in memory.
+
+        Parameters
+        ----------
+        first : int
+            Omit earlier commits.
+        """
+        names = self._journal.names() if self._states.in_place else []
+        for record in self._states.each_record(first):
+            yield self._known(record, names)
+
+    def _known(self, record: Mapping[str, Any], names: Collection[str]) -> KnownChecksums:
+        start, stop, states = record["start"], record["stop"], self._states
+        found = KnownChecksums(start, {}, {})
+        for name in states.dtypes:
+            values = record["checksums"].get(name)
+            found.values[name] = np.zeros((stop - start, states.columns), np.uint32) if values is None else values
+            found.known[name] = ~states.are_first_read_by_a_pass(name, start, stop)
+        for each in names:
+            low, high = map(int, each.split("-"))
+            if low >= stop or high <= start:
+                continue
+            read = self._journal.read(each)
+            here = slice(max(low, start) - start, min(high, stop) - start)
+            there = slice(max(low, start) - low, min(high, stop) - low)
+            for name, values in read["checksums"].items():
+                rows = np.ones(high - low, bool)
+                rows[[state - low for state in read["unread"].get(name, ())]] = False
+                new = rows[there] & ~found.known[name][here]
+                # A copy of the array of the record is changed, because a commit keeps its record.
+                found.values[name] = found.values[name].copy()
+                found.values[name][here][new] = values[there][new]
+                found.known[name][here] |= new
+        return found
+
+    def of(self, name: str, start: int, stop: int) -> tuple[NDArray[np.uint32], NDArray[np.bool_]]:
+        """Return the checksums of states of an array, shape (states, columns), and which states have one.
+
+        The records that contain these states are read and kept until others are needed.
+        """
+        if start == stop:
+            return np.empty((0, self._states.columns), np.uint32), np.empty(0, bool)
+        kept = self._kept
+        if kept is None or not kept.start <= start <= stop <= kept.start + len(kept.values[name]):
+            names = self._states.journal.names()
+            begin = max(bisect_right(names, start, key=self._record_start) - 1, 0)
+            parts: list[KnownChecksums] = []
+            for part in self.each(begin):
+                if parts and part.start >= stop:
+                    break
+                parts.append(part)
+            kept = self._kept = KnownChecksums(
+                parts[0].start,
+                {each: np.concatenate([part.values[each] for part in parts]) for each in self._states.dtypes},
+                {each: np.concatenate([part.known[each] for part in parts]) for each in self._states.dtypes},
+            )
+        rows = slice(start - kept.start, stop - kept.start)
+        return kept.values[name][rows], kept.known[name][rows]
+
+    def digests(self, chunks: Iterable[LedgerChunk], starts: NDArray[np.int64]) -> dict[LedgerChunk, str]:
+        """Return the digest of the states from which each ledger chunk is computed, including the halo.
+
+        Parameters
+        ----------
+        chunks : iterable of LedgerChunk
+        starts : int64 array
+            States to which no update leads from the previous state.
+
+        Returns
+        -------
+        dict
+            The digest is empty if a checksum is not known. States that are gone and were never read have none.
+        """
+        states = self._states
+        all_names, ends = states.logged, [name for name in states.logged if states.has_halo(name)]
+        is_start = np.zeros(states.n_states + 1, "<u4")
+        is_start[starts] = 1
+        is_gone = np.zeros(states.n_states, bool)
+        is_gone[list(states.gone)] = True
+        hashes = {chunk: hashlib.sha256() for chunk in chunks}
+        waiting = sorted(hashes, reverse=True)
+        active: list[LedgerChunk] = []
+        unknown: set[LedgerChunk] = set()
+        for found in self.each():
+            start, stop = found.start, found.start + len(found.known[all_names[0]])
+            # An update needs only some arrays of the state after it.
+            of_end = {name: found.values[name] if name in ends else 0 * found.values[name] for name in all_names}
+            words, end_words = (
+                np.column_stack([*(each[name] for name in all_names), is_start[start:stop]])
+                for each in (found.values, of_end)
+            )
+            known, end_known = (
+                np.all([found.known[name] for name in names], axis=0) | is_gone[start:stop]
+                for names in (all_names, ends)
+            )
+            while waiting and waiting[-1].start < stop:
+                active.append(waiting.pop())
+            for chunk in active:
+                own, end = (
+                    slice(max(low - start, 0), max(min(high, stop) - start, 0))
+                    for low, high in ((chunk.start, chunk.stop), (chunk.stop, chunk.stop + 1))
+                )
+                hashes[chunk].update(np.ascontiguousarray(words[own]).data)
+                hashes[chunk].update(np.ascontiguousarray(end_words[end]).data)
+                if not (known[own].all() and end_known[end].all()):
+                    unknown.add(chunk)
+            active = [chunk for chunk in active if chunk.stop + 1 > stop]
+        return {chunk: "" if chunk in unknown else each.hexdigest() for chunk, each in hashes.items()}
+
+    def record(self, reads: Reads) -> None:
+        """Record the checksums of states that a pass has read. The record is durable on return."""
+        stop = reads.start + max((len(values) for values in reads.checksums.values()), default=0)
+        name = f"{reads.start:012d}-{stop:012d}"
+        unread = {
+            name: (reads.start + np.flatnonzero(~rows)).tolist()
+            for name, rows in reads.was_read.items()
+            if not rows.all()
+        }
+        described = {"start": reads.start, "stop": stop, "checksums": dict(reads.checksums), "unread": unread}
+        self._journal.write(name, described)
+        self.forget()
