@@ -626,6 +626,14 @@ class ReadOptions(LogOptions, total=False):
     """Options for opening a log and for storing its steps and arrays."""
 
     allow_gaps: Annotated[bool, Option("Accept steps that are not evenly spaced.", False)]
+    in_place: Annotated[
+        bool,
+        Option(
+            "Read the states of a new OUT from the files of the log instead of copying them. The files must stay "
+            "as they are; the ledger and the results do not need them.",
+            False,
+        ),
+    ]
     include: Annotated[
         Sequence[str] | None,
         Option(

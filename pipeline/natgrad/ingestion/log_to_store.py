@@ -122,6 +122,7 @@ def ingest(
     exact_names: bool = False,
     sweep: bool = False,
     allow_gaps: bool = False,
+    in_place: bool = False,
     overwrite: bool = False,
     wait: StepWait | None = None,
     include: Sequence[str] = (),
@@ -153,6 +154,8 @@ def ingest(
         The source is a folder with the logs of many runs of one model, which become one trajectory.
     allow_gaps : bool
         Accept a log whose steps are not evenly spaced; the results then contain the ``step_span`` of each update.
+    in_place : bool
+        Read states from the files of the log, instead of copying them. An existing trajectory keeps its setting.
     overwrite : bool
         Replace the trajectory, even one from an older version, after the steps have been described and compared.
     wait : StepWait, optional
@@ -206,6 +209,7 @@ def ingest(
                 store,
                 options,
                 allow_gaps=allow_gaps,
+                in_place=in_place,
                 overwrite=overwrite and not sum(stored),
                 wait=wait,
                 include=include,
@@ -238,6 +242,7 @@ def _ingest(
     options: ReadOptions,
     *,
     allow_gaps: bool,
+    in_place: bool,
     overwrite: bool,
     wait: StepWait | None,
     include: Sequence[str],
@@ -264,14 +269,15 @@ def _ingest(
             trajectory = None
         if trajectory is not None:
             trajectory.recover()
+        in_place = _is_in_place(store, trajectory, in_place)
         optimizer = stores_optimizer(trajectory, include)
         warnings: list[str] = []
         committed = committed_steps(trajectory) - incomplete_steps(trajectory)
         listed = log.hold(listed, lambda step: (step.run, step.number) not in committed)
         listed = finished_steps(log, listed, trajectory, warnings)
-        new, identities_now = states_to_write(log, listed, trajectory, allow_gaps, wait, warnings)
+        new, identities_now, references_now = states_to_write(log, listed, trajectory, allow_gaps, wait, warnings)
         if trajectory is not None and identities_now:
-            trajectory.replace_sources(identities_now)
+            trajectory.replace_sources(identities_now, references_now)
         steps = [state.step for state in new if state.repeats is None]
         if check is not None and (steps or trajectory is not None):
             check(Extent.of(trajectory, new))
@@ -288,7 +294,9 @@ def _ingest(
             warnings += _metrics_not_stored(trajectory, contents)
             if check_shape is not None:
                 check_shape(_future_shape(store, trajectory, contents, len(new), limits))
-            trajectory = _matching_trajectory(store, trajectory, model, contents, optimizer, options, limits)
+            trajectory = _matching_trajectory(
+                store, trajectory, model, contents, optimizer, options, limits, in_place=in_place
+            )
             writer = Writer(log, trajectory, contents, warnings, limits)
             try:
                 writer.write(new, progress)
@@ -304,6 +312,14 @@ def _ingest(
                 where=str(log.location),
                 why="the training run is still writing its first step",
                 remedy="run again later; natgrad process and ingest wait for it with --follow",
+            )
+        trajectory.refresh()
+        if gone := trajectory.mark_gone():
+            steps_gone = trajectory.scalar(STEP)[gone]
+            warnings.append(
+                f"the files of {len(gone)} states of older attempts (steps {steps_gone.min()} to "
+                f"{steps_gone.max()}) were overwritten or removed: the updates that were computed from them are "
+                "kept, others are NaN"
             )
         numbers = trajectory.scalar(STEP)[trajectory.current()]
         attempts = int(trajectory.scalar(ATTEMPT).max()) + 1
@@ -327,6 +343,31 @@ def _ingest(
         last_step_lacks=list(trajectory.provisional),
         warnings=warnings,
     )
+
+
+def _is_in_place(store: Storage, trajectory: Trajectory | None, in_place: bool) -> bool:
+    """Return whether states are read from the files of the log. An existing trajectory keeps its setting.
+
+    Raises
+    ------
+    InputError
+        If that is requested, but the trajectory contains copies, or keeps versions.
+    """
+    if trajectory is not None and in_place and not trajectory.in_place:
+        raise InputError(
+            "the trajectory was created with copies of the states",
+            where=str(trajectory.storage),
+            why="--in-place was not set at the first ingest",
+            remedy="start from scratch with --overwrite, or omit --in-place",
+        )
+    if in_place and store.keeps_versions:
+        raise InputError(
+            "states cannot be read in place in an Icechunk repository",
+            where=str(store),
+            why="its versions must not depend on files that may change",
+            remedy="omit --in-place, or omit --store icechunk",
+        )
+    return in_place if trajectory is None else trajectory.in_place
 
 
 def _future_shape(
@@ -364,6 +405,8 @@ def _matching_trajectory(
     optimizer: bool,
     options: ReadOptions,
     limits: IngestLimits,
+    *,
+    in_place: bool,
 ) -> Trajectory:
     """Return the trajectory to append to, or create one with a suitable layout."""
     content = contents[first]
@@ -394,6 +437,7 @@ def _matching_trajectory(
             sweep=sweep,
             tables=tables,
             replicates=replicates,
+            in_place=in_place,
             read_options=options.to_json() | ({"step_span": first.step_span} if first.step_span else {}),
         )
     if trajectory.step_span != first.step_span:

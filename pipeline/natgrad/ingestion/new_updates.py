@@ -19,6 +19,7 @@ from natgrad.ingestion.description import (
     stored_dtypes,
     stores_optimizer,
 )
+from natgrad.ingestion.in_place import reference_of
 from natgrad.ingestion.transfer import NewState, fill_state
 from natgrad.ingestion.waiting import Gap, StepWait
 from natgrad.schema.errors import InputError
@@ -28,6 +29,7 @@ from natgrad.sources.changes import changed_lately
 from natgrad.sources.listed import ListedLog
 from natgrad.sources.steps import LoggedStep, NotYet, Unreadable, where
 from natgrad.store import Trajectory, checksum
+from natgrad.store.references import StateReference
 
 __all__ = ["Extent", "committed_steps", "finished_steps", "incomplete_steps", "states_to_write"]
 
@@ -157,7 +159,7 @@ def states_to_write(
     allow_gaps: bool,
     wait: StepWait | None,
     warnings: list[str],
-) -> tuple[list[NewState], dict[int, dict[str, Any]]]:
+) -> tuple[list[NewState], dict[int, dict[str, Any]], dict[int, StateReference]]:
     """Find the states to write, run by run.
 
     Returns
@@ -166,6 +168,8 @@ def states_to_write(
     identities : dict
         New identity of the source, by committed state, for steps whose files were moved, copied or touched. Their
         contents were read, and are equal to the committed states.
+    references : dict
+        Where these states are in the files of the log, if they are not copied.
 
     Raises
     ------
@@ -213,7 +217,7 @@ def states_to_write(
     if provisional is not None and states and not states[0].is_of(provisional):
         # It is kept as it is, because the run was restarted, or its step was removed from the log.
         states.insert(0, provisional)
-    return states, {} if committed is None else committed.confirmed
+    return (states, {}, {}) if committed is None else (states, committed.confirmed, committed.references)
 
 
 @dataclass(frozen=True)
@@ -246,6 +250,10 @@ class _Committed:
         What each incomplete state lacks, see `Trajectory.lacking`.
     confirmed : dict
         New identity of the source, by state.
+    references : dict
+        New location of the arrays, by state, if they are not copied.
+    unread : set of LoggedStep
+        Changed steps whose former tensors were never read, so that they cannot be compared.
     again : set of LoggedStep
         Steps of incomplete states that must be read again.
     """
@@ -254,6 +262,8 @@ class _Committed:
         self.trajectory, self.sources = trajectory, trajectory.sources()
         self.lacking = trajectory.lacking()
         self.confirmed: dict[int, dict[str, Any]] = {}
+        self.references: dict[int, StateReference] = {}
+        self.unread: set[LoggedStep] = set()
         self.again: set[LoggedStep] = set()
         steps, attempts, runs = (trajectory.scalar(name).tolist() for name in (STEP, ATTEMPT, RUN))
         self._states: dict[str, list[tuple[int, int, int]]] = {}
@@ -331,6 +341,10 @@ def _uncommitted_steps(
             continue
         same.append(step)
         if step == incomplete:
+            continue
+        if step in committed.unread and differing:
+            differing[step] = "a file that has changed since"
+            same.remove(step)
             continue
         values = committed.sources[state].get("values")
         if other_scalars or found[step].get("values") != values:
@@ -475,13 +489,17 @@ def _difference(
                 continue
             recorded, known = trajectory.checksums.of(name, state, state + 1)
             if not known.all():
-                continue  # no pass has read it
+                committed.unread.add(step)
+                continue
             for column in range(trajectory.columns):
                 buffer = np.zeros(trajectory.chunk[1], storage_dtype(dtype))
                 first, last = trajectory.column(column)
                 fill_state(reader, content, name, dtype, trajectory.layout, first, last, buffer)
                 if checksum(buffer[: last - first]) != recorded[0, column]:
                     return f"a different {name}", False
+        located = reference_of(reader, step, content, trajectory) if trajectory.in_place else None
+        if located is not None:
+            committed.references[state] = located
     return "", other_scalars
 
 

@@ -61,7 +61,7 @@ def rehearse(log: Source, *, allow_gaps: bool = False) -> Rehearsal:
     warnings: list[str] = []
     with ListedLog(log) as listed:
         steps = finished_steps(listed, listed.steps(), None, warnings)
-        states, _ = states_to_write(listed, steps, None, allow_gaps, None, warnings)
+        states, *_ = states_to_write(listed, steps, None, allow_gaps, None, warnings)
         steps = [state.step for state in states]
         pair = next(((a, b) for a, b in itertools.pairwise(steps) if a.run == b.run), None)
         if pair is None:

@@ -1,4 +1,7 @@
-"""Copy steps into a trajectory, slice by slice and one row of chunks at a time, and commit them."""
+"""Copy steps into a trajectory, slice by slice and one row of chunks at a time, and commit them.
+
+If the trajectory is in place, arrays that are plain bytes in the files of the log are located instead of copied.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import itertools
 import math
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from natgrad.ingestion.description import scalar_of
+from natgrad.ingestion.in_place import reference_of
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import IngestLimits, Layout, TrajectoryShape, missing_word, storage_dtype, widened
 from natgrad.schema.logs import logger
@@ -34,6 +38,7 @@ from natgrad.sources.optimizers.logged_metric import extremes
 from natgrad.sources.optimizers.state import OptimizerState, RotatedMetric
 from natgrad.sources.steps import LoggedStep, NotYet, where
 from natgrad.store import Trajectory, checksum
+from natgrad.store.references import StateReference
 from natgrad.theory.preconditioners import rotated_eigenvalues
 
 __all__ = ["EXTREMES", "NewState", "Progress", "Writer", "buffer_bytes", "fill_state"]
@@ -44,6 +49,8 @@ EXTREMES = ("exp_avg_sq_min", "exp_avg_sq_max")
 """Arrays (step, tensor) that are computed while a step is copied."""
 
 _OPEN_STEPS, _NOTES_SHOWN = 4, 5
+_LOCATED_STATES = 1024
+"""States of a commit if they are not copied."""
 _NUMBER = re.compile(r"-?\d[\d.e+-]*")
 
 Progress = Callable[[int, int], None]
@@ -159,6 +166,18 @@ class _OpenSteps:
             manager.__exit__(None, None, None)
 
 
+def contiguous(flags: Sequence[bool]) -> Iterator[tuple[int, int]]:
+    """Yield the contiguous ranges of True.
+
+    Examples
+    --------
+    >>> list(contiguous([True, True, False, True]))
+    [(0, 2), (3, 4)]
+    """
+    edges = np.flatnonzero(np.diff([False, *flags, False])).tolist()
+    yield from zip(edges[::2], edges[1::2], strict=True)
+
+
 def buffer_bytes(shape: TrajectoryShape) -> int:
     """Return the bytes of the buffers of a `Writer`: a chunk of each array. See there for replicates."""
     copies = shape.replicates if shape.chunk[0] > 1 else 1
@@ -204,6 +223,9 @@ class Writer:
         names = list(trajectory.dtypes)
         self._together = [names] if trajectory.chunk[0] > 1 else [[name] for name in names]
         self._buffers: dict[str, NDArray[Any]] = {}
+        # For the states of one commit, and of arrays that had to be copied, the number of steps and the first one.
+        self._references: list[StateReference | None] = []
+        self._copied: dict[str, tuple[int, LoggedStep]] = {}
 
     def write(self, new: Sequence[NewState], progress: Progress | None) -> None:
         """Copy new states, with a commit after every few chunks."""
@@ -211,6 +233,8 @@ class Writer:
         sizes = [storage_dtype(dtype).itemsize for dtype in self._trajectory.dtypes.values()]
         state_bytes = sum(sizes) * self._trajectory.layout.elements
         per_commit = max(1, self._limits.commit_bytes // max(1, steps * state_bytes)) * steps
+        if self._trajectory.in_place:
+            per_commit = max(per_commit, -(-_LOCATED_STATES // steps) * steps)
         lacking = self._lacking(new)
         done = 0
         while done < len(new):
@@ -220,6 +244,11 @@ class Writer:
             done = min(done + count, len(new))
             if progress is not None:
                 progress(done, len(new))
+        for name, (count, step) in self._copied.items():
+            self._warnings.append(
+                f"{name} of {count} of {len(new)} new steps is copied, because it is not plain bytes of one dtype "
+                f"in the files (first in {step.storage.name})"
+            )
         if self._not_finite:
             shown = "; ".join(self._not_finite[:_NOTES_SHOWN])
             more = len(self._not_finite) - _NOTES_SHOWN
@@ -274,6 +303,7 @@ class Writer:
         trajectory = self._trajectory
         for state in new:
             self._require_unchanged(state)
+        self._references = [self._reference(state) for state in new] if trajectory.in_place else [None] * len(new)
         checksums: dict[str, list[list[int]]] = {name: [[] for _ in new] for name in trajectory.dtypes}
         self._extremes = np.full((len(new), 2, len(trajectory.layout.tensors)), np.nan)
         self._eigenvalues = np.full((len(new), len(METRIC_EIGENVALUES), len(trajectory.layout.tensors)), np.nan)
@@ -301,12 +331,30 @@ class Writer:
             [state.step.run for state in new],
             lacking,
             provisional=is_end and bool(lacking[-1]),
+            references=self._references,
         )
         self.new_steps += sum(state.repeats is None and not state.again for state in new)
         self.completed_steps += sum(
             state.again and self._lacked[state.step.run, state.step.number] != tuple(lacks)
             for state, lacks in zip(new, lacking, strict=True)
         )
+
+    def _reference(self, state: NewState) -> StateReference | None:
+        """Return where the arrays of a state are in the files of the log, and count those that must be copied."""
+        if state.repeats is not None:
+            return self._trajectory.references.state(state.repeats)
+        content = self._contents[state.step]
+        with self._log.open(state.step) as reader:
+            found = reference_of(reader, state.step, content, self._trajectory)
+        for name in self._trajectory.dtypes:
+            if replicate_of(name)[0] in content.arrays and (found is None or name not in found.arrays):
+                count, first = self._copied.get(name, (0, state.step))
+                self._copied[name] = count + 1, first
+        return found
+
+    def _is_copied(self, position: int, name: str) -> bool:
+        reference = self._references[position]
+        return reference is None or name not in reference.arrays
 
     def _scalar(self, name: str, state: NewState) -> float | Sequence[float]:
         if state.repeats is not None:
@@ -365,12 +413,16 @@ class Writer:
             for column, names in itertools.product(range(self._trajectory.columns), self._together):
                 for row in range(count):
                     for name in names:
-                        sums = checksums[name][position + row]
-                        self._read_state(opened, new[position + row], position + row, name, column, row, sums)
+                        # A pass computes the checksums of the arrays that it reads.
+                        if self._is_copied(position + row, name) or name not in self._trajectory.logged:
+                            sums = checksums[name][position + row]
+                            self._read_state(opened, new[position + row], position + row, name, column, row, sums)
                     if column == 0 and names is self._together[0]:
                         self._set_factored_metrics(opened, new[position + row], position + row)
                 for name in names:
-                    self._trajectory.write(name, start, column, self._buffer(name)[:count])
+                    copied = [self._is_copied(position + row, name) for row in range(count)]
+                    for first, last in contiguous(copied):
+                        self._trajectory.write(name, start + first, column, self._buffer(name)[first:last])
 
     def _buffer(self, name: str) -> NDArray[Any]:
         key = replicate_of(name)[0] if len(self._together) > 1 else name

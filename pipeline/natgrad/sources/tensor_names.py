@@ -12,7 +12,8 @@ from typing import Any
 from numpy.typing import NDArray
 
 from natgrad.schema.names import REPLICATE_STATES, STATES
-from natgrad.sources.base import Source, StepContent, StepReader
+from natgrad.sources.base import Ranged, Source, StepContent, StepReader
+from natgrad.sources.byte_ranges import ByteRange
 from natgrad.sources.names import SINGLE_ARRAY
 from natgrad.sources.steps import LoggedStep, LoggedTensor
 from natgrad.storage import Storage
@@ -140,7 +141,16 @@ class _MatchedStep:
 
     def read(self, array: str, tensor: str, start: int, out: NDArray[Any]) -> None:
         """Read elements of a tensor into a buffer; see `natgrad.sources.base.StepReader`."""
+        self._reader.read(array, self._logged_name(array, tensor), start, out)
+
+    def ranges(self, array: str, tensor: str) -> Sequence[ByteRange] | None:
+        """Return where the elements of a tensor are; see `natgrad.sources.base.Ranged`."""
+        if not isinstance(self._reader, Ranged):
+            return None
+        return self._reader.ranges(array, self._logged_name(array, tensor))
+
+    def _logged_name(self, array: str, tensor: str) -> str:
         if self._logged is None:
             self.content()
         assert self._logged is not None
-        self._reader.read(array, self._logged.get(array, {}).get(tensor, tensor), start, out)
+        return self._logged.get(array, {}).get(tensor, tensor)

@@ -334,6 +334,11 @@ class References:
             },
         )
 
+    def files_of(self, state: int) -> list[int]:
+        """Return the indices of the files of a state."""
+        files: list[int] = self._states[state][1].tolist() if state in self._states else []
+        return files
+
     def first_file(self, state: int, name: str = "", column: tuple[int, int] = (0, 0)) -> ReferencedFile:
         """Return the first file of a state, or of a chunk column of one of its arrays."""
         layout, own, _ = self._states[state]

@@ -648,6 +648,10 @@ class States:
             low, high = max(start, index * steps), min(stop, (index + 1) * steps)
             chunk, offset = self.chunk_entry(name, index, column), (low - index * steps) * (size // steps)
             try:
+                if self.in_place and offset and not chunk.exists():
+                    # The states before it are in the files of the log.
+                    self._writes.write_segment(chunk, 0, memoryview(b""), size)
+                    self._writes.wait()
                 self._writes.write_segment(chunk, offset, block[low - start : high - start].data.cast("B"), size)
             except (EOFError, FileNotFoundError) as error:
                 raise self._damaged(name, index, column, str(error)) from error

@@ -515,21 +515,54 @@ class Trajectory(States):
         """Return the identity of the source of each state."""
         return [source for record in self.each_record() for source in sources_of(record)]
 
-    def replace_sources(self, sources: Mapping[int, Mapping[str, Any]]) -> None:
+    def replace_sources(
+        self, sources: Mapping[int, Mapping[str, Any]], references: Mapping[int, StateReference] | None = None
+    ) -> None:
         """Replace the identities of the sources of committed states, whose contents are the same.
 
         Parameters
         ----------
         sources : mapping
             State to the new identity of its source.
+        references : mapping, optional
+            State to where it is in the files of its source.
         """
+        located = references or {}
         for name in self.journal.names():
             record = self.journal.read(name)
             new = {state: sources[state] for state in range(record["start"], record["stop"]) if state in sources}
             if new:
                 kept = enumerate(sources_of(record), record["start"])
-                self.journal.write(name, record | {"sources": [new.get(state, source) for state, source in kept]})
+                record |= {"sources": [new.get(state, source) for state, source in kept]}
+                if "references" in record:
+                    states = range(record["start"], record["stop"])
+                    record["references"] = encode(
+                        [located.get(state, self.references.state(state)) for state in states]
+                    )
+                self.journal.write(name, record)
         self.storage.publish(f"trajectory of {self.storage.parent.name}: new identities of {len(sources)} sources")
+
+    def mark_gone(self) -> list[int]:
+        """Record which states of older attempts are not in their files any more, and return the new ones.
+
+        A restarted run overwrites its files. Their states are then neither read nor expected, and the updates that
+        a pass has computed from them are kept.
+        """
+        superseded = np.flatnonzero(~self.current()).tolist() if self.references.files else []
+        unchanged = [file.is_unchanged() for file in self.references.files] if superseded else []
+        gone = [
+            state
+            for state in superseded
+            if state not in self.gone and not all(unchanged[index] for index in self.references.files_of(state))
+        ]
+        for name in self.journal.names() if gone else []:
+            record = self.journal.read(name)
+            new = [state for state in gone if record["start"] <= state < record["stop"]]
+            if new:
+                self.journal.write(name, record | {"gone": sorted([*record.get("gone", ()), *new])})
+        if gone:
+            self._load_records()
+        return gone
 
     # Verification -------------------------------------------------------------------------------------------
 
@@ -577,7 +610,8 @@ class Trajectory(States):
         sources : sequence of mapping, length n
             Identity of the source of each state; see `natgrad.sources.changes.identity`.
         checksums : mapping
-            Array name to n sequences of one `checksum` per chunk column.
+            Array name to n sequences of one `checksum` per chunk column. A sequence is empty if a pass will record
+            the checksums.
         attempts : sequence of int, length n, optional
             Attempt of each state, 0 by default.
         runs : sequence of str, length n
@@ -617,7 +651,11 @@ class Trajectory(States):
         def record(first: int, end: int) -> dict[str, Any]:
             described: dict[str, Any] = {"start": first, "stop": end}
             described["sources"] = list(sources[first - start : end - start])
-            described["checksums"] = {name: found[first - start : end - start] for name, found in checksums.items()}
+            described["checksums"] = {
+                name: [sums or [0] * self.columns for sums in found[first - start : end - start]]
+                for name, found in checksums.items()
+                if any(found[first - start : end - start])
+            }
             lacks = {str(start + state): list(names) for state, names in enumerate(lacking) if names}
             lacks = {state: names for state, names in lacks.items() if first <= int(state) < end}
             described |= {"lacking": lacks} if lacks else {}
