@@ -570,7 +570,7 @@ def test_checksums_of_a_range_are_read_from_its_own_records(tmp_path_factory, co
     for low, high in ranges:
         start, stop = sorted((low % (stops[-1] + 1), high % (stops[-1] + 1)))
         read.clear()
-        found = {name: states.recorded_checksums(name, start, stop) for name in arrays}
+        found = {name: states.checksums.of(name, start, stop)[0] for name in arrays}
         for name, array in arrays.items():
             words = [
                 [array[state, slice(*states.column(c))] for c in range(states.columns)]

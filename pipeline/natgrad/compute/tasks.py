@@ -176,7 +176,8 @@ def _column_segments(job: Job, states: Trajectory, tile: Tile, column: int) -> t
     )
     parts: dict[int, Segments] = {}
     with states.opened(column, tile.last):
-        for start, stop in states.ranges(tile.start, tile.stop, column):
+        leads = states.spans()[tile.start : tile.stop] != 0
+        for start, stop in states.ranges(tile.start, tile.stop, column, leads):
             part = replace(tile, start=start, stop=stop)
             parts[start], found = _range_segments(job, states, part, column)
             here = slice(start - tile.start, stop + 1 - tile.start)

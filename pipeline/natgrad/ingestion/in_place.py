@@ -34,7 +34,7 @@ def reference_of(
         array, replicate = replicate_of(name)
         logged, itemsize = content.arrays.get(array, {}), storage_dtype(dtype).itemsize
         parts: list[tuple[int, int, int]] = []
-        for tensor in trajectory.layout.tensors:
+        for tensor in filter(lambda tensor: tensor.size, trajectory.layout.tensors):
             is_same = tensor.name in logged and logged[tensor.name].dtype == dtype
             ranges = reader.ranges(array, tensor.name) if is_same else None
             if replicate is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -114,18 +114,18 @@ class RecordedChecksums:
         first : int
             Omit earlier commits.
         """
-        names = self._journal.names() if self._states.in_place else []
         for record in self._states.each_record(first):
-            yield self._known(record, names)
+            yield self.of_record(record)
 
-    def _known(self, record: Mapping[str, Any], names: Collection[str]) -> KnownChecksums:
+    def of_record(self, record: Mapping[str, Any]) -> KnownChecksums:
+        """Return the checksums of the states of a commit."""
         start, stop, states = record["start"], record["stop"], self._states
         found = KnownChecksums(start, {}, {})
         for name in states.dtypes:
             values = record["checksums"].get(name)
             found.values[name] = np.zeros((stop - start, states.columns), np.uint32) if values is None else values
             found.known[name] = ~states.are_first_read_by_a_pass(name, start, stop)
-        for each in names:
+        for each in self._journal.names() if states.in_place else ():
             low, high = map(int, each.split("-"))
             if low >= stop or high <= start:
                 continue
@@ -218,13 +218,14 @@ class RecordedChecksums:
 
     def record(self, reads: Reads) -> None:
         """Record the checksums of states that a pass has read. The record is durable on return."""
-        stop = reads.start + max((len(values) for values in reads.checksums.values()), default=0)
-        name = f"{reads.start:012d}-{stop:012d}"
-        unread = {
-            name: (reads.start + np.flatnonzero(~rows)).tolist()
+        start = reads.start
+        stop = start + max((len(values) for values in reads.checksums.values()), default=0)
+        # Those of copies are in the records of their commits.
+        new = {
+            name: rows & self._states.are_first_read_by_a_pass(name, start, stop)
             for name, rows in reads.was_read.items()
-            if not rows.all()
         }
-        described = {"start": reads.start, "stop": stop, "checksums": dict(reads.checksums), "unread": unread}
-        self._journal.write(name, described)
+        unread = {name: (start + np.flatnonzero(~rows)).tolist() for name, rows in new.items() if not rows.all()}
+        described = {"start": start, "stop": stop, "checksums": dict(reads.checksums), "unread": unread}
+        self._journal.write(f"{start:012d}-{stop:012d}", described)
         self.forget()

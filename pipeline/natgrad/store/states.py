@@ -311,6 +311,18 @@ class States:
         """Return True if an update needs an array of the state after it, not only of the state before it."""
         return name in STATES[:2]
 
+    def readable(self, name: str) -> Iterator[tuple[int, int, bool]]:
+        """Yield all states of an array that can be read: ranges in one chunk, and single states of the log (True).
+
+        States that are `gone` are omitted.
+        """
+        steps = self.chunk[0]
+        for begin, end, in_place in self.divided(name, 0, self.n_states):
+            step = 1 if in_place else steps
+            for index in range(begin // step, -(-end // step)):
+                if not in_place or index not in self.gone:
+                    yield max(begin, index * step), min(end, (index + 1) * step), in_place
+
     # Reading ------------------------------------------------------------------------------------------------
 
     @contextmanager
@@ -338,7 +350,7 @@ class States:
             if not files_needed:
                 self._files.close()
 
-    def ranges(self, start: int, stop: int, column: int) -> Iterator[tuple[int, int]]:
+    def ranges(self, start: int, stop: int, column: int, leads: NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
         """Divide updates into ranges whose states can be located together, while a column is `opened`.
 
         The number of open files and of located pieces is limited. Updates of states that are `gone` are omitted
@@ -349,6 +361,8 @@ class States:
         start, stop : int
             Updates; the states of a range include the one after its last update.
         column : int
+        leads : bool array, shape (updates,)
+            True if an update leads from a state to the next.
 
         Yields
         ------
@@ -357,7 +371,7 @@ class States:
         Raises
         ------
         InputError
-            If a state is gone that a pass has read before.
+            If a state is gone that one of these updates needs, and that a pass has read before.
         """
         if not self.references.files:
             yield start, stop
@@ -365,7 +379,8 @@ class States:
         sizes = {name: storage_dtype(self.dtypes[name]).itemsize for name in self.logged}
         gone = sorted(state for state in self.gone if start <= state <= stop)
         for state in gone:
-            self._require_never_read(state)
+            if leads[max(state - 1 - start, 0) : state + 1 - start].any():
+                self._require_never_read(state)
         # A state that is gone belongs to the update that leads to it, and to the next one.
         starts, stops = [start, *(state + 1 for state in gone)], [*(state - 1 for state in gone), stop]
         for low, high in zip(starts, stops, strict=True):
@@ -400,7 +415,7 @@ class States:
         stored = max(start, min(stop, self._stored(name)))
         itemsize, ends = storage_dtype(self.dtypes[name]).itemsize, self.column(column)
         parts = []
-        for low, high, referenced in self._divided(name, start, stored):
+        for low, high, referenced in self.divided(name, start, stored):
             if not referenced:
                 parts.append(self._locate_copies(name, low, high, column))
                 continue
@@ -432,7 +447,7 @@ class States:
             np.array([0, last - first]),
         )
 
-    def _divided(self, name: str, start: int, stop: int) -> Iterator[tuple[int, int, bool]]:
+    def divided(self, name: str, start: int, stop: int) -> Iterator[tuple[int, int, bool]]:
         """Divide states into ranges that are all in the files of the log (True), or all in chunks (False)."""
         referenced = self._are_referenced(name, start, stop)
         edges = [0, *(np.flatnonzero(np.diff(referenced)) + 1).tolist(), stop - start]
@@ -472,7 +487,7 @@ class States:
         )
         stored = min(stop, self._stored(name))
         out[max(stored - start, 0) :] = missing_word(self.dtypes[name])
-        for begin, end, referenced in self._divided(name, start, stored):
+        for begin, end, referenced in self.divided(name, start, stored):
             for index in range(begin // steps, -(-end // steps)):
                 low, high = max(begin, index * steps), min(end, (index + 1) * steps)
                 states = out[low - start : high - start]
@@ -658,7 +673,7 @@ class States:
 
     def _require_intact(self, name: str, index: int, column: int) -> None:
         """Raise an error if the committed copies in a chunk do not match their checksums."""
-        for start, stop, referenced in self._divided(name, index * self.chunk[0], self.n_fixed):
+        for start, stop, referenced in self.divided(name, index * self.chunk[0], self.n_fixed):
             if not referenced:
                 states = np.empty((stop - start, self.chunk[1]), storage_dtype(self.dtypes[name]))
                 self.read(name, start, stop, column, states)

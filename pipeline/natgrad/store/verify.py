@@ -20,7 +20,7 @@ from natgrad.schema.names import REPLICATE_STATES, STEP
 from natgrad.schema.times import oldest
 from natgrad.storage import Storage
 from natgrad.store.checked import verify_files
-from natgrad.store.checksums import checksum
+from natgrad.store.checksums import KnownChecksums, checksum
 from natgrad.store.group import (
     OtherVersion,
     chunk_entry,
@@ -115,11 +115,12 @@ def verify_trajectory(storage: Storage) -> Iterator[Damage]:
             what = f"the shape has {length} states, but {states.n_states} are recorded"
             yield Damage(str(states.storage / name), what, name)
     numbers = _step_numbers(states)
+    checksums = list(map(states.checksums.of_record, records))
     for name in states.arrays:
         if name in states.array_dtypes:
             for part in states.replicates_of(name) if name in REPLICATE_STATES else (name,):
                 for column in range(states.columns):
-                    yield from _verify_column(states, part, column, records, numbers)
+                    yield from _verify_column(states, part, column, checksums, numbers)
         else:
             yield from _verify_scalar(states, name, records, numbers)
 
@@ -226,30 +227,35 @@ def _verify_scalar(
 
 
 def _verify_column(
-    states: Trajectory, name: str, column: int, records: Iterable[Mapping[str, Any]], numbers: NDArray[Any]
+    states: Trajectory, name: str, column: int, checksums: Iterable[KnownChecksums], numbers: NDArray[Any]
 ) -> Iterator[Damage]:
     recorded = {
-        record["start"] + index: found
-        for record in records
-        for index, found in enumerate(record["checksums"][name][:, column].tolist())
+        each.start + index: found
+        for each in checksums
+        for index, found in enumerate(each.values[name][:, column].tolist())
+        if each.known[name][index]
     }
     steps, (first, last) = states.chunk[0], states.column(column)
     tensors = states.tensors_of(column)
     buffer = np.zeros((steps, states.chunk[1]), storage_dtype(states.dtypes[name]))
-    for index in range(-(-states.n_states // steps)):
-        start, stop = index * steps, min((index + 1) * steps, states.n_states)
-        chunk = states.chunk_entry(name, index, column)
+    for start, stop, in_place in states.readable(name):
+        path = str(states.chunk_entry(name, start // steps, column))
         try:
             states.read(name, start, stop, column, buffer[: stop - start], verified=False)
         except InputError as error:
-            yield Damage(str(chunk), error.what, name, _first_and_last(numbers, start, stop), tensors)
+            path = error.where if in_place else path
+            yield Damage(path, error.what, name, _first_and_last(numbers, start, stop), tensors)
             continue
-        if not states.is_compressed(name) and (size := chunk.stat().size) != buffer.nbytes:
-            yield Damage(str(chunk), f"it has {size} of {buffer.nbytes} bytes", name)
+        if in_place:
+            path = states.references.first_file(start, name, (first, last)).location
+        elif not states.is_compressed(name):
+            size, expected = states.chunk_entry(name, start // steps, column).stat().size, buffer.nbytes
+            if size != expected:
+                yield Damage(path, f"it has {size} of {expected} bytes", name)
         for state in range(start, stop):
             if state in recorded and checksum(buffer[state - start, : last - first]) != recorded[state]:
                 steps_of = _first_and_last(numbers, state, state + 1)
-                yield Damage(str(chunk), "checksum mismatch", name, steps_of, tensors)
+                yield Damage(path, "checksum mismatch", name, steps_of, tensors)
 
 
 def verify_ledger(storage: Storage, states: Trajectory | None = None) -> Iterator[Damage]:

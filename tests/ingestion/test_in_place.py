@@ -1,0 +1,392 @@
+"""Logs that are processed in place: the bits are those of copied states, and a changed file is never read."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from lazy import Lazy
+from logs import random_walk, with_replicates, write_log, write_step
+from natgrad.compute import executors
+from natgrad.compute.plan import PlanLimits
+from natgrad.schema.errors import InputError
+from natgrad.schema.layout import IngestLimits, LedgerChunk
+from natgrad.schema.names import ATTEMPT
+from natgrad.store import open_ledger, open_trajectory
+from opened import compute_ledger, ingest, verify_ledger, verify_trajectory
+
+h5py, torch, distributed = Lazy("h5py"), Lazy("torch"), Lazy("distributed")
+safetensors_numpy = Lazy("safetensors.numpy")
+
+STATES = 9
+TENSORS = {"layer.10": (3, 2), "layer.9": (7,), "norm": (), "empty": (0, 3), "head": (4, 3)}
+SMALL = {
+    "limits": IngestLimits(chunk=(2, 5)),
+    "pass_limits": PlanLimits(
+        tile_bytes=400, least_tile_bytes=1, least_updates=3, minimum_updates=1, read_block_elements=3
+    ),
+}
+
+
+def process(source, out, executor=None, *, in_place=False, limits=None, pass_limits=PlanLimits(), **options):
+    options |= {} if limits is None else {"limits": limits}
+    summary = ingest(source, out / "trajectory.zarr", in_place=in_place, **options)
+    arguments = out / "trajectory.zarr", out / "ledger.zarr"
+    compute_ledger(*arguments, executor=executor or executors.serial, limits=pass_limits)
+    return summary
+
+
+def content(out):
+    """Return all states, numbers and inner products as bytes, and the digests of the states."""
+    trajectory, ledger = open_trajectory(out / "trajectory.zarr"), open_ledger(out / "ledger.zarr")
+    found = {name: trajectory.scalar(name).tobytes() for name in trajectory.numbers}
+    for name, dtype in trajectory.dtypes.items():
+        states = np.zeros((trajectory.n_states, trajectory.layout.elements), "u2" if dtype == "bfloat16" else dtype)
+        for column in range(trajectory.columns):
+            part = states[:, slice(*trajectory.column(column))]
+            trajectory.read(name, 0, trajectory.n_states, column, part)
+        found[name] = states.tobytes()
+    records = ledger.records()
+    found["ledger"] = [
+        ledger.read_chunk(name, record["start"], record["stop"]).tobytes()
+        for name in ledger.products
+        for record in records
+    ]
+    found["digests"] = [(record["start"], record["stop"], record["digest"]) for record in records]
+    assert all(digest for _, _, digest in found["digests"])
+    return found | {"fingerprint": trajectory.fingerprint()}
+
+
+def copied_arrays(out):
+    """Return the arrays of which a trajectory contains states."""
+    names = open_trajectory(out / "trajectory.zarr").array_dtypes
+    return {name for name in names if any((out / "trajectory.zarr" / name / "c").glob("**/*"))}
+
+
+def require_equal(source, folder, executor=None, copies=frozenset(), **options):
+    """Process a log by copy and in place, and require the same bits."""
+    process(source, folder / "copied", **SMALL, **options)
+    summary = process(source, folder / "placed", executor, in_place=True, **SMALL, **options)
+    assert content(folder / "placed") == content(folder / "copied")
+    assert copied_arrays(folder / "placed") == set(copies)
+    assert not [
+        *verify_trajectory(folder / "placed/trajectory.zarr"),
+        *verify_ledger(folder / "placed/ledger.zarr"),
+    ]
+    return summary
+
+
+# The same bits -------------------------------------------------------------------------------------------------
+
+
+def write_torch(folder, states):
+    folder.mkdir()
+    for number, state in enumerate(states):
+        tree = {"model": {}, "grad": {}, "loss": float(state["loss"]), "lr": 0.1, "step": number}
+        for key, value in state.items():
+            array, _, name = key.partition("/")
+            if name:
+                tree["model" if array == "parameter" else "grad"][name] = torch.from_numpy(np.array(value))
+        torch.save(tree, folder / f"checkpoint_{number}.pt")
+    return folder
+
+
+def stacked(states):
+    return {key: np.stack([state[key] for state in states]) for key in states[0]} | {"step": np.arange(len(states))}
+
+
+def write_npz_stack(folder, states):
+    folder.mkdir()
+    np.savez(folder / "run.npz", **stacked(states))
+    return folder / "run.npz"
+
+
+def write_hdf5_stack(folder, states):
+    folder.mkdir()
+    with h5py.File(folder / "run.h5", "w", userblock_size=512) as file:
+        for key, array in stacked(states).items():
+            file[key] = array
+    return folder / "run.h5"
+
+
+def write_shards(folder, states):
+    """Write each step as a folder with the shards of a model, and the gradients in another file."""
+    for number, state in enumerate(states):
+        step = folder / f"checkpoint-{number}"
+        step.mkdir(parents=True)
+        shards, names = {}, [key for key in state if key.startswith("parameter/")]
+        for index, key in enumerate(names):
+            shards.setdefault(f"model-{index % 2}.safetensors", {})[key.partition("/")[2]] = np.array(state[key])
+        for file, tensors in shards.items():
+            safetensors_numpy.save_file(tensors, step / file)
+        index = {"weight_map": {name: file for file, tensors in shards.items() for name in tensors}}
+        (step / "model.safetensors.index.json").write_text(json.dumps(index))
+        gradients = {key.partition("/")[2]: np.array(v) for key, v in state.items() if key.startswith("gradient/")}
+        safetensors_numpy.save_file(gradients, step / "gradient.safetensors")
+        history = [{"step": n + 1, "loss": 1.0 / (n + 1), "learning_rate": 0.1} for n in range(number)]
+        (step / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    return folder
+
+
+FORMATS = {
+    "safetensors": write_log,
+    "npz": lambda folder, states: write_log(folder, states, container="npz"),
+    "torch": write_torch,
+    "npz, one file": write_npz_stack,
+    "hdf5, one file": write_hdf5_stack,
+    "shards": write_shards,
+}
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_the_bits_are_those_of_copied_states(tmp_path, form):
+    source = FORMATS[form](tmp_path / "log", random_walk(STATES, TENSORS))
+    assert not [text for text in require_equal(source, tmp_path).warnings if "copied" in text]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+def test_the_bits_are_those_of_copied_states_in_every_dtype(tmp_path, dtype):
+    require_equal(write_log(tmp_path / "log", random_walk(STATES, TENSORS, dtype)), tmp_path)
+
+
+@pytest.mark.parametrize("container", ["safetensors", "npz"])
+def test_replicates_and_products_are_read_in_place(tmp_path, container):
+    states = with_replicates(random_walk(STATES, {"weight": (4, 3), "bias": (2,)}), 2)
+    for state in states:
+        state |= {key.replace("gradient", "hvp"): value for key, value in state.items() if "gradient" in key}
+    require_equal(write_log(tmp_path / "log", states, container=container), tmp_path)
+
+
+def test_states_that_are_not_plain_bytes_of_one_dtype_are_copied_and_reported(tmp_path):
+    states = random_walk(STATES, TENSORS)
+    folder = write_log(tmp_path / "log", states, container="npz")
+    for number in (2, 3, 6):
+        np.savez_compressed(folder / f"step_{number}.npz", **states[number])
+    for number in (4, 8):
+        transposed = {key: np.asarray(value, order="F") for key, value in states[number].items()}
+        np.savez(folder / f"step_{number}.npz", **transposed)
+    summary = require_equal(folder, tmp_path, copies={"parameter", "gradient"})
+    assert [warning for warning in summary.warnings if "is copied" in warning] == [
+        f"{name} of 5 of {STATES} new steps is copied, because it is not plain bytes of one dtype in the files "
+        "(first in step_2.npz)"
+        for name in ("parameter", "gradient")
+    ]
+    (tmp_path / "mixed").mkdir()
+    for state in states:
+        state["gradient/head"] = state["gradient/head"].astype(np.float16)
+    require_equal(write_log(tmp_path / "mixed/log", states), tmp_path / "mixed", copies={"gradient"})
+
+
+def test_several_threads_and_a_cluster_compute_the_same_bits(tmp_path):
+    source = write_log(tmp_path / "log", random_walk(STATES, TENSORS))
+    process(source, tmp_path / "copied", **SMALL)
+    with distributed.LocalCluster(
+        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None
+    ) as cluster:
+        every = {"threads": executors.threads(3), "cluster": executors.existing_cluster(cluster.scheduler_address)}
+        for name, executor in every.items():
+            process(source, tmp_path / name, executor, in_place=True, **SMALL)
+            assert content(tmp_path / name) == content(tmp_path / "copied")
+
+
+def test_a_sweep_that_grows_has_the_same_bits(tmp_path):
+    runs = {name: random_walk(STATES, TENSORS, seed=seed) for seed, name in enumerate("abc")}
+    for count in (4, 7, STATES):
+        for name, states in runs.items():
+            for number in range(count):
+                if not (tmp_path / "log" / name / f"step_{number}.safetensors").exists():
+                    write_step(tmp_path / "log" / name, number, states[number])
+        for out in ("copied", "placed"):
+            process(tmp_path / "log", tmp_path / out, in_place=out == "placed", sweep=True, **SMALL)
+        assert content(tmp_path / "placed") == content(tmp_path / "copied")
+    assert not copied_arrays(tmp_path / "placed")
+
+
+def test_a_log_whose_last_state_is_completed_has_the_same_bits(tmp_path):
+    states = random_walk(STATES, TENSORS)
+    for count in (3, 6, STATES):
+        for number in range(count):
+            last = {key: value for key, value in states[number].items() if key.startswith("parameter/")}
+            write_step(tmp_path / "log", number, last if number == count - 1 else states[number])
+        for out in ("copied", "placed"):
+            process(tmp_path / "log", tmp_path / out, in_place=out == "placed", **SMALL)
+        assert content(tmp_path / "placed") == content(tmp_path / "copied")
+
+
+def test_the_state_of_an_optimizer_is_located_and_its_extremes_are_computed(tmp_path):
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    (tmp_path / "log").mkdir()
+    for number in range(STATES):
+        loss = sum((parameter**2).sum() for parameter in model.parameters())
+        optimizer.zero_grad()
+        loss.backward()
+        tree = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "loss": loss.item()}
+        tree["grad"] = {name: parameter.grad for name, parameter in model.named_parameters()}
+        torch.save(tree, tmp_path / "log" / f"checkpoint_{number}.pt")
+        optimizer.step()
+    require_equal(tmp_path / "log", tmp_path, copies={"exp_avg", "exp_avg_sq"}, include=["optimizer"])
+    # Only the first state, which the optimizer did not have yet, is written.
+    chunks = (tmp_path / "placed/trajectory.zarr/exp_avg_sq/c").glob("*/*")
+    assert {chunk.parent.name for chunk in chunks} == {"0"}
+
+
+def test_many_files_need_few_descriptors(tmp_path):
+    write_log(tmp_path / "log", random_walk(300, {"weight": (3,)}))
+    program = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (160, 160)); import natgrad; "
+        "natgrad.process(sys.argv[1], sys.argv[2], in_place=True, workers=1)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, tmp_path / "log", tmp_path / "placed"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    process(tmp_path / "log", tmp_path / "copied")
+    assert content(tmp_path / "placed") == content(tmp_path / "copied")
+    written = sum(path.stat().st_size for path in (tmp_path / "placed/trajectory.zarr/commits").iterdir())
+    assert written < 100 * 300  # the locations of equal files are stored once
+
+
+# Changed files -------------------------------------------------------------------------------------------------
+
+
+def spoil(path, damage):
+    status = path.stat()
+    if damage == "missing":
+        path.unlink()
+    elif damage == "truncated":
+        os.truncate(path, status.st_size - 1)
+    elif damage == "touched":
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    else:
+        words = bytearray(path.read_bytes())
+        words[-1] ^= 1
+        path.write_bytes(words)
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+DAMAGES = {
+    "missing": "No such file",
+    "truncated": r"it has \d+ instead of \d+ bytes",
+    "touched": "it was changed after it was recorded",
+    "inverted bit": "checksum mismatch",
+}
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_changed_file_is_an_error_that_names_it(tmp_path, damage, compiled):
+    states = random_walk(STATES, TENSORS)
+    states = states if compiled else with_replicates(states, 2)
+    process(write_log(tmp_path / "log", states), tmp_path / "out", in_place=True, **SMALL)
+    ledger = {path.name: path.read_bytes() for path in (tmp_path / "out/ledger.zarr/gram/c").glob("*/*/*/*")}
+    spoil(tmp_path / "log/step_4.safetensors", damage)
+    # The ledger does not need the log.
+    compute_ledger(tmp_path / "out/trajectory.zarr", tmp_path / "out/ledger.zarr", limits=SMALL["pass_limits"])
+    assert ledger == {p.name: p.read_bytes() for p in (tmp_path / "out/ledger.zarr/gram/c").glob("*/*/*/*")}
+    shutil.rmtree(tmp_path / "out/ledger.zarr")
+    with pytest.raises(InputError, match=DAMAGES[damage]) as caught:
+        compute_ledger(tmp_path / "out/trajectory.zarr", tmp_path / "out/ledger.zarr", limits=SMALL["pass_limits"])
+    assert caught.value.where == str(tmp_path / "log/step_4.safetensors")
+    found = list(verify_trajectory(tmp_path / "out/trajectory.zarr"))
+    assert {entry.path for entry in found} == {str(tmp_path / "log/step_4.safetensors")}
+    if damage in ("missing", "truncated", "touched"):
+        assert {entry.steps for entry in found} == {(4, 4)}
+
+
+def test_a_log_that_was_moved_or_touched_is_compared_and_recorded_again(tmp_path):
+    write_log(tmp_path / "log", random_walk(STATES, TENSORS))
+    process(tmp_path / "log", tmp_path / "out", in_place=True, **SMALL)
+    before = content(tmp_path / "out")
+    (tmp_path / "log").rename(tmp_path / "moved")
+    for path in (tmp_path / "moved").iterdir():
+        os.utime(path)
+    shutil.rmtree(tmp_path / "out/ledger.zarr")
+    with pytest.raises(InputError, match="No such file"):
+        compute_ledger(tmp_path / "out/trajectory.zarr", tmp_path / "out/ledger.zarr", limits=SMALL["pass_limits"])
+    assert process(tmp_path / "moved", tmp_path / "out", **SMALL).new_steps == 0
+    assert content(tmp_path / "out") == before
+
+
+def test_an_ingest_that_no_pass_followed_can_be_repeated_for_a_moved_log(tmp_path):
+    write_log(tmp_path / "log", random_walk(STATES, TENSORS))
+    ingest(tmp_path / "log", tmp_path / "out/trajectory.zarr", in_place=True, limits=SMALL["limits"])
+    with pytest.raises(InputError, match="no pass has read all of them"):
+        open_trajectory(tmp_path / "out/trajectory.zarr").fingerprint()
+    (tmp_path / "log").rename(tmp_path / "moved")
+    process(tmp_path / "moved", tmp_path / "out", **SMALL)
+    process(tmp_path / "moved", tmp_path / "copied", **SMALL)
+    assert content(tmp_path / "out") == content(tmp_path / "copied")
+
+
+# Restarts ------------------------------------------------------------------------------------------------------
+
+
+def restart(folder, first, count, seed=5):
+    """Overwrite the steps of a log from ``first`` on, as a run does that was restarted from an older state."""
+    for number, state in enumerate(random_walk(count, TENSORS, seed=seed)[first:], first):
+        write_step(folder, number, state)
+
+
+def test_a_restart_keeps_the_updates_of_states_that_it_overwrites(tmp_path):
+    for out in ("copied", "placed"):
+        write_log(tmp_path / out / "log", random_walk(STATES, TENSORS))
+        process(tmp_path / out / "log", tmp_path / out, in_place=out == "placed", **SMALL)
+        restart(tmp_path / out / "log", 4, STATES + 2)
+        summary = process(tmp_path / out / "log", tmp_path / out, **SMALL)
+        assert summary.attempts == 2
+    trajectory = open_trajectory(tmp_path / "placed/trajectory.zarr")
+    assert trajectory.gone == set(range(4, STATES))
+    assert any(
+        re.search(r"files of 5 states of older attempts \(steps 4 to 8\)", text) for text in summary.warnings
+    )
+    ledgers = [open_ledger(tmp_path / out / "ledger.zarr") for out in ("copied", "placed")]
+    for one, other in zip(*(ledger.read() for ledger in ledgers), strict=True):
+        assert one.tobytes() == other.tobytes()
+    assert trajectory.fingerprint() == open_trajectory(tmp_path / "copied/trajectory.zarr").fingerprint()
+    shutil.rmtree(tmp_path / "placed/ledger.zarr")
+    with pytest.raises(InputError, match="a restarted run has overwritten or removed it") as caught:
+        compute_ledger(tmp_path / "placed/trajectory.zarr", tmp_path / "placed/ledger.zarr")
+    assert caught.value.where == str(tmp_path / "placed/log/step_4.safetensors")
+
+
+def test_states_that_were_overwritten_before_a_pass_have_no_updates(tmp_path):
+    states = random_walk(STATES, TENSORS)
+    write_log(tmp_path / "log", states)
+    ingest(tmp_path / "log", tmp_path / "out/trajectory.zarr", in_place=True, limits=SMALL["limits"])
+    restart(tmp_path / "log", 4, STATES + 2)
+    process(tmp_path / "log", tmp_path / "out", **SMALL)
+    trajectory, ledger = (opener(tmp_path / "out" / name) for opener, name in OPENERS.items())
+    assert trajectory.gone == set(range(4, STATES))
+    assert trajectory.scalar(ATTEMPT).tolist() == [0] * STATES + [1] * (STATES + 2 - 4)
+    gram, _ = ledger.read()
+    known = np.isfinite(gram).all(axis=(1, 2, 3))
+    # Updates 3 to 8 would need states 4 to 8; the new attempt begins with state 9.
+    assert known.tolist() == [True] * 3 + [False] * 6 + [True] * (len(known) - 9)
+    chunks = [LedgerChunk(record["start"], record["stop"]) for record in ledger.records()]
+    assert all(trajectory.digests(chunks).values())
+
+
+OPENERS = {open_trajectory: "trajectory.zarr", open_ledger: "ledger.zarr"}
+
+
+# Settings ------------------------------------------------------------------------------------------------------
+
+
+def test_a_trajectory_of_copies_stays_one(tmp_path):
+    write_log(tmp_path / "log", random_walk(3, TENSORS))
+    ingest(tmp_path / "log", tmp_path / "trajectory.zarr")
+    with pytest.raises(InputError, match="the trajectory was created with copies of the states") as caught:
+        ingest(tmp_path / "log", tmp_path / "trajectory.zarr", in_place=True)
+    assert "--overwrite" in caught.value.remedy
+    ingest(tmp_path / "log", tmp_path / "trajectory.zarr", in_place=True, overwrite=True)
+    assert open_trajectory(tmp_path / "trajectory.zarr").in_place
+    write_step(tmp_path / "log", 3, random_walk(4, TENSORS)[3])
+    ingest(tmp_path / "log", tmp_path / "trajectory.zarr")
+    assert open_trajectory(tmp_path / "trajectory.zarr").n_states == 4
+    assert not any((tmp_path / "trajectory.zarr/parameter/c").glob("**/*"))
