@@ -7,6 +7,7 @@ import time
 import numpy as np
 
 from natgrad.kernel import stream
+from natgrad.kernel.located import Located
 
 
 def seconds_of_a_call() -> float:
@@ -15,7 +16,7 @@ def seconds_of_a_call() -> float:
         file.write(np.ones((2, 64), "<f4").tobytes())
         file.flush()
         descriptors, offsets = np.full((2, 1), file.fileno(), np.int32), np.array([[0], [256]])
-        located = stream.Located(descriptors, offsets, np.array([0, 64]))
+        located = Located(descriptors, offsets, np.array([0, 64]))
         buffer = np.empty(stream.buffer_bytes(64, 1, [4, 4]), np.uint8)
         products, ratio = np.empty((1, 1, 5, 5)), np.empty((1, 1))
         begin = time.perf_counter()

@@ -34,6 +34,7 @@ from natgrad.compute.plan import PlanLimits, read_blocks
 from natgrad.compute.tasks import Segments
 from natgrad.ingestion import ingest
 from natgrad.kernel import ledger_sums, stream
+from natgrad.kernel.located import Located
 from natgrad.schema.layout import storage_dtype
 from natgrad.schema.names import ledger_vectors
 from natgrad.storage import open_storage
@@ -144,7 +145,7 @@ def bare_loop(files: Files, threads: int, trusting: bool = False) -> Iterator[Ca
         first, last = states.column(number)
         opened = [[os.open(path, os.O_RDONLY) for path in of_array] for of_array in paths[number]]
         located = [
-            stream.Located(
+            Located(
                 np.repeat(np.array(descriptors, np.int32), steps)[: updates + 1, None],
                 (np.arange(updates + 1) % steps * size)[:, None],
                 np.array([0, last - first]),

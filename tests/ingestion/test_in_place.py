@@ -12,6 +12,7 @@ import pytest
 
 from lazy import Lazy
 from logs import random_walk, with_replicates, write_log, write_step
+from natgrad.app.describe import describe_run
 from natgrad.compute import executors
 from natgrad.compute.plan import PlanLimits
 from natgrad.schema.errors import InputError
@@ -349,6 +350,7 @@ def test_a_restart_keeps_the_updates_of_states_that_it_overwrites(tmp_path):
     for one, other in zip(*(ledger.read() for ledger in ledgers), strict=True):
         assert one.tobytes() == other.tobytes()
     assert trajectory.fingerprint() == open_trajectory(tmp_path / "copied/trajectory.zarr").fingerprint()
+    assert describe_run(tmp_path / "placed")["states_gone"] == ["steps 4 to 8 of attempt 0"]
     shutil.rmtree(tmp_path / "placed/ledger.zarr")
     with pytest.raises(InputError, match="a restarted run has overwritten or removed it") as caught:
         compute_ledger(tmp_path / "placed/trajectory.zarr", tmp_path / "placed/ledger.zarr")

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from logs import DTYPES, walk_arrays
 from natgrad.kernel import crc, gram, stream
+from natgrad.kernel.located import Located
 
 ELEMENTS, STATES = 3000, 7
 LONG_BLOCK = 2100  # longer than what the ratio is sampled of, and than two blocks of sums
@@ -34,7 +35,7 @@ def logged():
 def located(descriptors, offsets, elements):
     """Return the location of states that are each in one piece."""
     starts = np.array([0, elements])
-    return stream.Located(np.array(descriptors, np.int32)[:, None], np.array(offsets, np.int64)[:, None], starts)
+    return Located(np.array(descriptors, np.int32)[:, None], np.array(offsets, np.int64)[:, None], starts)
 
 
 @pytest.fixture
@@ -116,7 +117,7 @@ def test_states_read_from_files_give_the_same_bits_as_states_in_memory(
         put(array[: STATES - (position == 2)], together, 5 * position) for position, array in enumerate(arrays)
     ]
     files = [
-        stream.Located(
+        Located(
             *(np.concatenate([part, np.full((STATES - len(part), 1), -1, part.dtype)]) for part in file[:2]),
             file.starts,
         )

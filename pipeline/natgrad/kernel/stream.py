@@ -17,7 +17,7 @@ wait for each other, and short states do not incur the cost of calls from Python
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numba import types
@@ -25,27 +25,9 @@ from numpy.typing import NDArray
 
 from natgrad.kernel import crc
 from natgrad.kernel.gram import entry, inner, pointer, row_products, words_of
+from natgrad.kernel.located import Located
 
-__all__ = ["Located", "buffer_bytes", "products", "read"]
-
-
-class Located(NamedTuple):
-    """Location of the elements of states in open files.
-
-    Attributes
-    ----------
-    descriptors : int32 array, shape (states, pieces)
-        Descriptor of the file that contains each piece of a state.
-    offsets : int64 array, shape (states, pieces)
-        Offset of the first byte of each piece in its file.
-    starts : int64 array, shape (pieces + 1,)
-        First element of each piece, and the end of the last one. The first piece starts at element 0.
-    """
-
-    descriptors: NDArray[np.int32]
-    offsets: NDArray[np.int64]
-    starts: NDArray[np.int64]
-
+__all__ = ["buffer_bytes", "products", "read"]
 
 # The function of the C library. Python's function acquires and releases the interpreter lock at each call.
 _pread: Any = types.ExternalFunction(

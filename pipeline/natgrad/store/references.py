@@ -24,12 +24,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from natgrad.kernel.stream import Located
+from natgrad.kernel.located import Located, joined
 from natgrad.schema.errors import InputError
 from natgrad.storage import Stat, Storage, open_storage
 from natgrad.storage.local import ChunkFile
 
-__all__ = ["OpenFiles", "Pieces", "ReferencedFile", "References", "StateReference", "encode", "joined", "merged"]
+__all__ = ["OpenFiles", "Pieces", "ReferencedFile", "References", "StateReference", "encode", "merged"]
 
 _OPEN_FILES, _LOCATED = 96, 1 << 20
 """Maximum number of files that are open together, and of pieces of states that are located together. A process may
@@ -437,17 +437,3 @@ class References:
             parts.append(Located(numbers, bases + offsets, starts))
             first = stop
         return joined(parts, itemsize)
-
-
-def joined(parts: Sequence[Located], itemsize: int) -> Located:
-    """Join the locations of consecutive states. Their pieces are cut where those of any of them end."""
-    if len(parts) == 1:
-        return parts[0]
-    starts = np.unique(np.concatenate([part.starts for part in parts]))
-    cut = []
-    for part in parts:
-        piece = np.searchsorted(part.starts, starts[:-1], "right") - 1
-        inside = (starts[:-1] - part.starts[piece]) * itemsize
-        cut.append((part.descriptors[:, piece], part.offsets[:, piece] + inside))
-    descriptors, offsets = (np.concatenate(each) for each in zip(*cut, strict=True))
-    return Located(descriptors, offsets, starts)

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from natgrad.kernel.stream import Located
+from natgrad.kernel.located import Located, joined
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import MEBIBYTE, Layout, missing_word, storage_dtype
 from natgrad.schema.names import ELEMENT, REPLICATE, REPLICATE_STATES, STATES, STEP, of_replicate, replicate_of
@@ -36,7 +36,7 @@ from natgrad.storage.local import ChunkFile
 from natgrad.store.checksums import RecordedChecksums, add_to_checksums
 from natgrad.store.group import INGEST_AGAIN, ArrayPlan, chunk_entry, damage_error, open_array, with_length
 from natgrad.store.journal import Journal
-from natgrad.store.references import OpenFiles, References, joined
+from natgrad.store.references import OpenFiles, References
 
 __all__ = ["States", "ranges_of", "state_arrays", "storage_dtype"]
 

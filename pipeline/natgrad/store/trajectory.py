@@ -302,6 +302,7 @@ class Trajectory(States):
             "dtypes": self.array_dtypes,
             **({"replicates": self.replicates} if self.replicates else {}),
             **({"last_step_lacks": list(self.provisional)} if self.provisional else {}),
+            **({"in_place": True, "states_gone": self.missing_states()} if self.in_place else {}),
             **{name: value for name, value in (self.read_options or {}).items() if value and name != "several"},
             "tensors": {tensor.name: list(tensor.shape) for tensor in self.layout.tensors},
         }
@@ -563,6 +564,26 @@ class Trajectory(States):
         if gone:
             self._load_records()
         return gone
+
+    def missing_states(self) -> list[str]:
+        """Return the ranges of states whose files are not as recorded any more, for users.
+
+        Neither the ledger nor the results need them.
+        """
+        references = self.references
+        changed = {index for index, file in enumerate(references.files) if not file.is_unchanged()}
+        # The attempt of each state that is missing.
+        marks = [
+            None if changed.isdisjoint(references.files_of(state)) else attempt
+            for state, attempt in enumerate(self.scalar(ATTEMPT).tolist())
+        ]
+        found, start = [], 0
+        for attempt, group in itertools.groupby(marks):
+            stop = start + len(list(group))
+            if attempt is not None:
+                found.append(f"{self.named(start, stop)} of attempt {attempt}")
+            start = stop
+        return found
 
     # Verification -------------------------------------------------------------------------------------------
 
