@@ -40,7 +40,7 @@ from natgrad.schema.names import (
     STATES,
 )
 from natgrad.sources.alignment import misalignment
-from natgrad.sources.base import Source, StepContent
+from natgrad.sources.base import Ranged, Source, StepContent
 from natgrad.sources.changes import files_of
 from natgrad.sources.opening import format_of, open_log
 from natgrad.sources.optimizers.state import FactoredMetric, OptimizerState
@@ -334,6 +334,11 @@ def _plan(
     if rate:
         found["ingest_seconds"] = round(state_bytes / rate, 1)
     found["pass_seconds"] = round(state_bytes / _PASS_RATE, 1)
+    if _is_in_place(log, listed[0], content):
+        found["in_place"] = (
+            f"process --in-place does not copy the {state_bytes / 1e9:.3g} GB of states, if the files of the log "
+            "stay as they are"
+        )
     found["process_seconds"] = round(_START_SECONDS + found.get("ingest_seconds", 0) + found["pass_seconds"], 1)
     if len(listed) > 1 and elements:
         try:
@@ -343,6 +348,17 @@ def _plan(
         else:
             found["worker_memory"] = plan.projected_bytes
     return found
+
+
+def _is_in_place(log: Source, step: LoggedStep, content: StepContent) -> bool:
+    """Return True if the arrays of a step are plain bytes of its files."""
+    with log.open(step) as reader:
+        return isinstance(reader, Ranged) and all(
+            reader.ranges(array, tensor) is not None
+            for array, tensors in content.arrays.items()
+            for tensor, logged in tensors.items()
+            if math.prod(logged.shape)
+        )
 
 
 def _reading_rate(log: Source, step: LoggedStep, content: StepContent) -> float | None:

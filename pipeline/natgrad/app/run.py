@@ -32,7 +32,7 @@ from natgrad.schema.names import ATTEMPT, REPLICATE_LOSS
 from natgrad.schema.version import RESULTS_VERSION, __version__
 from natgrad.sources.steps import NotYet
 from natgrad.storage import Location, Storage, open_all, open_storage, storage_errors
-from natgrad.store import Ledger, Trajectory
+from natgrad.store import Ledger, Trajectory, exists
 
 __all__ = [
     "RUNS_SHOWN",
@@ -45,6 +45,9 @@ __all__ = [
 
 RUNS_SHOWN = 8
 """Number of runs of a sweep that a page shows."""
+
+_LARGE_LOG_BYTES = 1_000_000_000
+"""Bytes of states from which on a copy of a log is announced."""
 
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 """Error codes of a location in which no file can be created."""
@@ -178,8 +181,19 @@ def ingest_run(
     sources = open_all(source)
     shapes: list[TrajectoryShape] = []
 
+    # A log that is followed may be rotated.
+    is_new = wait is None and (overwrite or not exists(folder.trajectory))
+
     def check_shape(shape: TrajectoryShape) -> None:
         shapes.append(shape)
+        local = all(log.local_path is not None for log in sources)
+        if is_new and local and not in_place and shape.state_bytes > _LARGE_LOG_BYTES:
+            _log.info(
+                "%.1f GB of states are copied into %s; --in-place reads them from the files of the log instead, "
+                "which must then stay as they are",
+                shape.state_bytes / 1e9,
+                folder.trajectory,
+            )
         if analysis is not None:
             analysis.check_pass(shape, folder.ledger)
 

@@ -150,6 +150,8 @@ class Inspection(Summary):
         Size of the files of the log.
     trajectory_bytes, ledger_bytes : int, optional
         Projected sizes of the stores.
+    in_place : str, optional
+        What ``--in-place`` saves, unless the arrays are not plain bytes of the files.
     ingest_seconds, pass_seconds, process_seconds : float, optional
         Estimated times. That of the ingest follows from a timed read of the first step.
     worker_memory : int or str, optional
@@ -189,6 +191,7 @@ class Inspection(Summary):
     ingest_seconds: float | None = None
     pass_seconds: float | None = None
     process_seconds: float | None = None
+    in_place: str | None = None
     worker_memory: int | str | None = None
 
     @property

@@ -273,6 +273,15 @@ class TrajectoryShape:
         ]
 
     @property
+    def state_bytes(self) -> int:
+        """Bytes of all states, without padding."""
+        sizes = (
+            storage_dtype(dtype).itemsize * (self.replicates if name in REPLICATE_STATES else 1)
+            for name, dtype in self.dtypes.items()
+        )
+        return self.states * self.layout.elements * sum(sizes)
+
+    @property
     def vectors(self) -> tuple[str, ...]:
         """Vectors of the Gram matrix."""
         return ledger_vectors(HVP in self.dtypes)

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from natgrad.sources.bounds import Budget, integer, read_limited, shape_of, shown
+from natgrad.sources.byte_ranges import ByteRange, of_boxes, runs_of
 from natgrad.sources.checkpoints import pickle_data
 from natgrad.sources.checkpoints.pickle_data import Record, Skipped
 from natgrad.sources.checkpoints.step_folder import Kind
@@ -38,7 +39,7 @@ from natgrad.sources.container import Container, Region, read_errors
 from natgrad.sources.names import CHECKPOINT
 from natgrad.sources.step_names import is_step
 from natgrad.sources.steps import LoggedStep
-from natgrad.storage import open_regular
+from natgrad.storage import LocalStorage, open_regular
 
 __all__ = ["DCP_KIND", "DcpFolder", "copy_box", "holds_dcp"]
 
@@ -281,19 +282,35 @@ class DcpFolder(Container):
             for chunk in chunks:
 
                 def fetch(first: int, buffer: NDArray[Any], chunk: _Chunk = chunk) -> None:
-                    archive = self._archive(folder, chunk.blob)
-                    tensor = archive.tree
-                    if (
-                        not isinstance(tensor, TorchTensor)
-                        or tensor.shape != chunk.sizes
-                        or tensor.dtype != logged.dtype
-                    ):
-                        raise ValueError(f"the chunk at {chunk.offsets} does not match the metadata")
+                    archive, tensor = self._tensor(folder, chunk, logged.dtype)
                     archive.read(tensor, first, buffer)
 
                 copy_box(chunk.offsets, chunk.sizes, logged.shape, fetch, start, out, missing)
             if missing.any():
                 raise ValueError("its chunks overlap and do not contain all elements")
+
+    def _tensor(self, folder: Path, chunk: _Chunk, dtype: str) -> tuple[TorchArchive, TorchTensor]:
+        """Return the archive of a chunk, and the tensor in it."""
+        archive = self._archive(folder, chunk.blob)
+        tensor = archive.tree
+        if not isinstance(tensor, TorchTensor) or tensor.shape != chunk.sizes or tensor.dtype != dtype:
+            raise ValueError(f"the chunk at {chunk.offsets} does not match the metadata")
+        return archive, tensor
+
+    def ranges(self, key: str) -> list[ByteRange] | None:
+        """Return where the elements of a tensor are; see `natgrad.sources.base.Ranged`."""
+        folder, chunks = self._chunks[key]
+        logged = self.tensors[key]
+        boxes = []
+        with read_errors(self.step, _FORM, key):
+            for chunk in chunks:
+                archive, tensor = self._tensor(folder, chunk, logged.dtype)
+                offset = archive.offset(tensor)
+                if offset is None:
+                    return None
+                file = LocalStorage(folder / chunk.blob.file)
+                boxes.append((chunk.offsets, chunk.sizes, ByteRange(file, offset, math.prod(chunk.sizes))))
+        return of_boxes(boxes, logged.shape, TORCH_DTYPES[logged.dtype][1])
 
     def close(self) -> None:
         """Close the files."""
@@ -314,21 +331,8 @@ def copy_box(
     out: NDArray[Any],
     missing: NDArray[np.bool_],
 ) -> None:
-    """Copy the elements of a box that are among the elements ``start`` and following of the tensor, in C order.
-
-    In C order, a box is a sequence of runs of equal length, each contiguous in the tensor, in ascending order.
-    """
-    # A run consists of the last dimension that the box does not fill, and the following ones.
-    level = next((i for i in range(len(shape) - 1, -1, -1) if sizes[i] != shape[i]), 0)
-    length = math.prod(sizes[level:])
-    runs = math.prod(sizes[:level])
-    strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
-    base = sum(offset * stride for offset, stride in zip(offsets, strides, strict=True))
-
-    def position(run: Any) -> Any:
-        index = np.unravel_index(run, sizes[:level]) if level else ()
-        return base + sum(i * stride for i, stride in zip(index, strides, strict=False))
-
+    """Copy the elements of a box that are among the elements ``start`` and following of the tensor, in C order."""
+    runs, length, position = runs_of(offsets, sizes, shape)
     stop = start + out.size
     first = bisect_right(range(runs), start - length, key=position)
     last = bisect_left(range(runs), stop, key=position)

@@ -22,8 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from natgrad.schema.errors import InputError
-from natgrad.schema.layout import STORAGE_DTYPES
+from natgrad.schema.layout import STORAGE_DTYPES, storage_dtype
 from natgrad.sources.bounds import Budget, integer, shape_of, shown
+from natgrad.sources.byte_ranges import ByteRange, part_of
 from natgrad.sources.checkpoints import pickle_data
 from natgrad.sources.checkpoints.step_folder import Kind, not_latest_yet
 from natgrad.sources.checkpoints.torch_archive import (
@@ -37,7 +38,7 @@ from natgrad.sources.checkpoints.torch_archive import (
 from natgrad.sources.container import Container, Region, read_errors
 from natgrad.sources.names import CHECKPOINT
 from natgrad.sources.steps import LoggedStep, where
-from natgrad.storage import open_regular
+from natgrad.storage import LocalStorage, open_regular
 
 __all__ = ["DEEPSPEED_KIND", "DeepSpeedFolder"]
 
@@ -155,6 +156,11 @@ class _Vector:
             finally:
                 os.close(descriptor)
             done += block.size
+
+    def ranges(self, start: int, elements: int, itemsize: int) -> list[ByteRange]:
+        """Return where the elements that start at an index are."""
+        segments = [ByteRange(LocalStorage(each.path), each.position, each.size) for each in self._segments]
+        return part_of(segments, itemsize, start, elements) or []
 
 
 @dataclass(frozen=True)
@@ -396,6 +402,21 @@ class DeepSpeedFolder(Container):
                 block = out[done : done + min(out.size - done, location.share - first)]
                 location.vectors[vector].fill(location.offset + first, block)
                 done += block.size
+
+    def ranges(self, key: str) -> Sequence[ByteRange] | None:
+        """Return where the elements of a tensor are; see `natgrad.sources.base.Ranged`."""
+        if key in self._universal:
+            with TorchFile(self._universal[key], self._inert) as content:
+                return content.ranges("param")
+        if key not in self._locations:
+            assert self._model is not None
+            return self._model.ranges(key)
+        location, logged, found = self._locations[key], self.tensors[key], list[ByteRange]()
+        left, itemsize = math.prod(logged.shape), storage_dtype(logged.dtype).itemsize
+        for vector in location.vectors:
+            found += vector.ranges(location.offset, min(location.share, left), itemsize)
+            left = max(left - location.share, 0)
+        return found
 
     def close(self) -> None:
         """Close the files."""

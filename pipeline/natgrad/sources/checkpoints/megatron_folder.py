@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from natgrad.schema.errors import InputError
 from natgrad.sources.bounds import Budget
+from natgrad.sources.byte_ranges import ByteRange
 from natgrad.sources.checkpoints.pickle_data import Record
 from natgrad.sources.checkpoints.step_folder import Kind, not_latest_yet
 from natgrad.sources.checkpoints.torch_archive import TorchFile
@@ -142,6 +143,11 @@ class MegatronFolder(Container):
         """Read elements of a tensor into a buffer; see `natgrad.sources.base.StepReader`."""
         file, inner = self._origins[key]
         file.read(inner, start, out)
+
+    def ranges(self, key: str) -> list[ByteRange] | None:
+        """Return where the elements of a tensor are; see `natgrad.sources.base.Ranged`."""
+        file, inner = self._origins[key]
+        return file.ranges(inner)
 
     def close(self) -> None:
         """Close the files."""

@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from natgrad.schema.layout import storage_dtype
 from natgrad.sources.bounds import Budget, shown
+from natgrad.sources.byte_ranges import ByteRange, of_boxes
 from natgrad.sources.checkpoints.dcp_folder import copy_box
 from natgrad.sources.checkpoints.step_folder import Kind, not_latest_yet
 from natgrad.sources.checkpoints.torch_archive import DistributedTensor, TorchFile, TorchTensor
@@ -175,8 +177,7 @@ class RankFiles(Container):
         for (file, tensor), (low, high) in zip(parts, pairwise(firsts), strict=True):
             if shape and high == low:
                 continue
-            offsets = tuple(low if axis == dimension else 0 for axis in range(len(shape)))
-            sizes = tuple(high - low if axis == dimension else length for axis, length in enumerate(shape))
+            offsets, sizes = _box(shape, dimension, low, high)
 
             def fetch(
                 first: int, buffer: NDArray[Any], file: TorchFile = file, tensor: TorchTensor = tensor
@@ -185,6 +186,25 @@ class RankFiles(Container):
 
             copy_box(offsets, sizes, shape, fetch, start, out, missing)
 
+    def ranges(self, key: str) -> list[ByteRange] | None:
+        """Return where the elements of a tensor are; see `natgrad.sources.base.Ranged`."""
+        parts, firsts, dimension = self._parts[key]
+        logged, boxes = self.tensors[key], []
+        for (file, tensor), (low, high) in zip(parts, pairwise(firsts), strict=True):
+            if logged.shape and high == low:
+                continue
+            ranges = file.ranges_of(tensor, key)
+            if ranges is None:
+                return None
+            boxes.append((*_box(logged.shape, dimension, low, high), ranges[0]))
+        return of_boxes(boxes, logged.shape, storage_dtype(logged.dtype).itemsize)
+
     def close(self) -> None:
         """Close the files."""
         self._stack.close()
+
+
+def _box(shape: tuple[int, ...], dimension: int, low: int, high: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the offsets and sizes of a part of a tensor along one dimension."""
+    offsets = tuple(low if axis == dimension else 0 for axis in range(len(shape)))
+    return offsets, tuple(high - low if axis == dimension else length for axis, length in enumerate(shape))
