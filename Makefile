@@ -46,6 +46,7 @@ quick: install
 DAMAGES ?= 20
 torture: install
 	$(BIN)/python tests/torture.py --kills 200 --races 20 --damages $(DAMAGES) --seed 0
+	$(BIN)/python tests/torture.py --kills 100 --races 2 --damages 4 --seed 0 --in-place
 
 # Applies two hundred changes to theory and results, one at a time, and counts the changes that no test detects.
 # This takes a long time. CI tests ten changes.

@@ -249,6 +249,22 @@ def ledger_of(folder, sources, **options):
     return ledger.layout, gram.tobytes(), ratio.tobytes(), scalars
 
 
+COPIED = (
+    "torch, other strides",
+    "hdf5",
+    "hdf5, one file",
+    "zarr",
+    "zarr, one group",
+    "zarr, one group of version 2",
+)
+"""Writers of compressed arrays, of other strides, or of several chunks."""
+
+
+def has_copies(folder):
+    """Return whether a trajectory contains states, not only the places of their bytes in the log."""
+    return any((folder / "trajectory.zarr/parameter/c").glob("**/*"))
+
+
 @pytest.fixture(scope="module", params=["float64", "float32", "bfloat16"])
 def native(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("native")
@@ -266,7 +282,8 @@ def test_every_format_of_a_run_gives_the_same_ledger(tmp_path, native, writer):
     assert ledger_of(tmp_path / "out", sources) == expected
     if name is not None:
         assert next(known for known, format in FORMATS.items() if format.find(sources[0])) == name
-        assert ledger_of(tmp_path / "again", sources, format=name) == expected
+        assert ledger_of(tmp_path / "again", sources, format=name, in_place=True) == expected
+        assert has_copies(tmp_path / "again") == (writer in COPIED)
 
 
 @pytest.fixture(scope="module")
@@ -280,6 +297,8 @@ def test_a_run_started_by_four_ranks_and_continued_by_two_is_one_run(tmp_path, d
     assert len(list((dcp_log / "step-0").glob("*.distcp"))) == 4
     assert len(list((dcp_log / "step-4").glob("*.distcp"))) == 2
     assert ledger_of(tmp_path / "dcp", [dcp_log]) == expected
+    assert ledger_of(tmp_path / "in place", [dcp_log], in_place=True) == expected
+    assert not has_copies(tmp_path / "in place")
 
 
 @given(step=st.sampled_from([0, 4]), tensor=st.sampled_from(list(TENSORS)), a=st.integers(0), b=st.integers(0))

@@ -10,28 +10,27 @@ import pytest
 import torture
 
 
-@pytest.fixture(scope="module")
-def counted():
+def count(*options):
     """Counts of a short run, in a separate process, because it forks and this process has threads."""
-    command = [
-        sys.executable,
-        Path(__file__).parents[1] / "torture.py",
-        "--kills",
-        "10",
-        "--races",
-        "3",
-        "--damages",
-        "0",
-        "--seed",
-        "1",
-    ]
+    command = [sys.executable, Path(__file__).parents[1] / "torture.py", "--damages", "0", "--seed", "1", *options]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout)
 
 
+@pytest.fixture(scope="module")
+def counted():
+    return count("--kills", "10", "--races", "3")
+
+
 def test_nothing_is_lost_doubled_or_different_when_processes_are_killed(counted):
     assert counted["kills"] == 10
+    assert {counted[name] for name in ("lost", "doubled", "differing", "damaged", "other_bytes")} == {0}
+
+
+def test_the_same_holds_for_states_in_place():
+    counted = count("--kills", "5", "--races", "0", "--in-place")
+    assert counted["kills"] == 5
     assert {counted[name] for name in ("lost", "doubled", "differing", "damaged", "other_bytes")} == {0}
 
 
@@ -41,13 +40,15 @@ def test_nothing_is_lost_doubled_or_different_when_processes_are_killed(counted)
         ("trajectory.zarr state", "delete"),
         ("trajectory.zarr record", "flip"),
         ("trajectory.zarr loss", "zero"),
+        ("trajectory.zarr reads", "flip"),
         ("ledger.zarr gram", "zero"),
         ("ledger.zarr zarr.json", "truncate"),
         ("results.zarr array", "flip"),
     ],
 )
 def test_a_damaged_file_gives_the_same_results_or_a_refusal_with_advice(tmp_path, kind, way):
-    found = list(torture.damage_trials(tmp_path, 1, seed=1, ways=[way], kinds=[kind]))
+    in_place = kind == "trajectory.zarr reads"
+    found = list(torture.damage_trials(tmp_path, 1, seed=1, ways=[way], kinds=[kind], in_place=in_place))
     assert len(found) == 2  # a log that has grown, and one that has not
     assert [text for consequence, text in found if consequence not in torture.GOOD] == []
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_formats import TENSORS, arrays_of, ledger_of, refusal, trees_of
+from test_formats import TENSORS, arrays_of, has_copies, ledger_of, refusal, trees_of
 from test_saved_state import stored
 
 from damage import LENGTHS, Payload, changes, damage, reads_only
@@ -83,6 +83,8 @@ def read(log, tensor, start=0, stop=None, step=0):
 def test_every_stage_gives_the_ledger_of_the_run(tmp_path, job, gradients, expected, stage):
     assert next(name for name, format in FORMATS.items() if format.find(job / stage)) == "deepspeed"
     assert ledger_of(tmp_path, [job / stage, gradients]) == expected
+    assert ledger_of(tmp_path / "in place", [job / stage, gradients], in_place=True) == expected
+    assert not has_copies(tmp_path / "in place")
 
 
 def test_gradients_in_the_client_state_need_no_additional_source(tmp_path, job, expected):

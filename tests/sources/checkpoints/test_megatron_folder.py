@@ -13,7 +13,7 @@ import types
 
 import numpy as np
 import pytest
-from test_formats import TENSORS, arrays_of, ledger_of, refusal
+from test_formats import TENSORS, arrays_of, has_copies, ledger_of, refusal
 
 from damage import Payload
 from lazy import Lazy
@@ -101,7 +101,10 @@ def test_both_formats_give_the_ledger_of_the_run(tmp_path, megatron, write, form
     expected = ledger_of(tmp_path / "native", [write_log(tmp_path / "states", STATES)])
     folder = write(tmp_path / "log", megatron)
     assert next(name for name, known in FORMATS.items() if known.find(folder)) == format
-    assert ledger_of(tmp_path, [folder, gradients_of(tmp_path / "gradients")]) == expected
+    sources = [folder, gradients_of(tmp_path / "gradients")]
+    assert ledger_of(tmp_path, sources) == expected
+    assert ledger_of(tmp_path / "in place", sources, in_place=True) == expected
+    assert not has_copies(tmp_path / "in place")
 
 
 # Pipeline stages ---------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_formats import TENSORS, arrays_of, ledger_of, run_of
+from test_formats import TENSORS, arrays_of, has_copies, ledger_of, run_of
 
 from damage import changes, damage, reads_only
 from lazy import Lazy
@@ -45,6 +45,8 @@ def test_the_parts_of_all_ranks_give_the_ledger_of_the_run(tmp_path, job):
     assert format_of(open_storage(job[0])) == "verl"
     expected = ledger_of(tmp_path / "native", [write_log(tmp_path / "log", run_of("float32"))])
     assert ledger_of(tmp_path / "verl", list(job)) == expected
+    assert ledger_of(tmp_path / "in place", list(job), in_place=True) == expected
+    assert not has_copies(tmp_path / "in place")
 
 
 def test_the_optimizer_is_put_together_in_the_same_way(tmp_path, job):
