@@ -125,10 +125,10 @@ def halo_repeated(located, boundaries):
     """`Trajectory.locate` that returns the last row of a ledger chunk instead of the halo."""
 
     def mutant(self, name, start, stop, column):
-        descriptors, offsets = located(self, name, start, stop, column)
+        found = located(self, name, start, stop, column)
         if stop - 1 in boundaries:
-            descriptors[-1], offsets[-1] = descriptors[-2], offsets[-2]
-        return descriptors, offsets
+            found.descriptors[-1], found.offsets[-1] = found.descriptors[-2], found.offsets[-2]
+        return found
 
     return mutant
 

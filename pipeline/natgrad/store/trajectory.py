@@ -41,6 +41,7 @@ from natgrad.schema.names import (
     REPLICATE,
     REPLICATE_LOSS,
     RUN,
+    STATES,
     STEP,
     TENSOR,
     USUAL_SCALARS,
