@@ -116,6 +116,7 @@ class _MatchedStep:
 
     def __init__(self, reader: StepReader) -> None:
         self._reader = reader
+        self._ranged = reader if isinstance(reader, Ranged) else None
         self._logged: dict[str, dict[str, str]] | None = None
 
     def content(self) -> StepContent:
@@ -145,9 +146,7 @@ class _MatchedStep:
 
     def ranges(self, array: str, tensor: str) -> Sequence[ByteRange] | None:
         """Return where the elements of a tensor are; see `natgrad.sources.base.Ranged`."""
-        if not isinstance(self._reader, Ranged):
-            return None
-        return self._reader.ranges(array, self._logged_name(array, tensor))
+        return None if self._ranged is None else self._ranged.ranges(array, self._logged_name(array, tensor))
 
     def _logged_name(self, array: str, tensor: str) -> str:
         if self._logged is None:
