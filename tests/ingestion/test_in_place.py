@@ -18,7 +18,7 @@ from natgrad.compute.plan import PlanLimits
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import IngestLimits, LedgerChunk
 from natgrad.schema.names import ATTEMPT
-from natgrad.store import open_ledger, open_trajectory
+from natgrad.store import copies, open_ledger, open_store, open_trajectory
 from opened import compute_ledger, ingest, verify_ledger, verify_trajectory
 
 h5py, torch, distributed = Lazy("h5py"), Lazy("torch"), Lazy("distributed")
@@ -392,3 +392,107 @@ def test_a_trajectory_of_copies_stays_one(tmp_path):
     ingest(tmp_path / "log", tmp_path / "trajectory.zarr")
     assert open_trajectory(tmp_path / "trajectory.zarr").n_states == 4
     assert not any((tmp_path / "trajectory.zarr/parameter/c").glob("**/*"))
+
+
+# Copies that are made later, and copies that are removed ---------------------------------------------------------
+
+
+def compute(out, **options):
+    stores = out / "trajectory.zarr", out / "ledger.zarr"
+    return compute_ledger(*stores, limits=SMALL["pass_limits"], **options)
+
+
+def opened(out):
+    return open_store(out / "trajectory.zarr"), open_store(out / "ledger.zarr")
+
+
+def test_copies_that_are_made_later_have_the_same_bytes_and_need_no_pass(tmp_path):
+    states = random_walk(STATES, TENSORS)
+    last = {key: value for key, value in states[-1].items() if key.startswith("parameter/")}
+    log = write_log(tmp_path / "log", [*states[:-1], last])
+    process(log, tmp_path / "copied", **SMALL)
+    process(log, tmp_path / "placed", in_place=True, **SMALL)
+    moved = copies.materialize(opened(tmp_path / "placed")[0])
+    assert moved == (STATES, 4 * 26 * (2 * STATES - 1))
+    shutil.rmtree(log)
+    assert content(tmp_path / "placed") == content(tmp_path / "copied")
+    chunks = [
+        path.relative_to(tmp_path / "copied") for path in (tmp_path / "copied").glob("trajectory.zarr/*/c/*/*")
+    ]
+    assert chunks
+    for chunk in chunks:
+        assert (tmp_path / "placed" / chunk).read_bytes() == (tmp_path / "copied" / chunk).read_bytes()
+    assert compute(tmp_path / "placed").computed_updates == 0
+    assert not list(verify_trajectory(tmp_path / "placed/trajectory.zarr"))
+    assert copies.materialize(opened(tmp_path / "placed")[0]) == (0, 0)
+    # A run that grows stays in place.
+    write_log(log, random_walk(STATES + 2, TENSORS))
+    assert process(log, tmp_path / "placed", **SMALL).new_steps == 2
+    process(log, tmp_path / "other", **SMALL)
+    assert content(tmp_path / "placed") == content(tmp_path / "other")
+
+
+def test_states_can_be_copied_before_a_pass_and_a_damaged_file_copies_nothing(tmp_path):
+    log = write_log(tmp_path / "log", random_walk(STATES, TENSORS))
+    process(log, tmp_path / "copied", **SMALL)
+    ingest(log, tmp_path / "out/trajectory.zarr", in_place=True, limits=SMALL["limits"])
+    kept = (log / "step_5.safetensors").rename(tmp_path / "kept")
+    with pytest.raises(InputError, match="it is missing") as caught:
+        copies.materialize(opened(tmp_path / "out")[0])
+    assert caught.value.where == str(log / "step_5.safetensors")
+    kept.rename(log / "step_5.safetensors")
+    assert open_trajectory(tmp_path / "out/trajectory.zarr").references.has("parameter", 0)
+    copies.materialize(opened(tmp_path / "out")[0])
+    shutil.rmtree(log)
+    compute(tmp_path / "out")
+    assert content(tmp_path / "out") == content(tmp_path / "copied")
+
+
+def test_states_of_an_older_attempt_that_are_gone_are_not_copied(tmp_path):
+    write_log(tmp_path / "log", random_walk(STATES, TENSORS))
+    process(tmp_path / "log", tmp_path, in_place=True, **SMALL)
+    restart(tmp_path / "log", 4, STATES + 2)
+    process(tmp_path / "log", tmp_path, **SMALL)
+    before = open_trajectory(tmp_path / "trajectory.zarr").fingerprint()
+    assert copies.materialize(opened(tmp_path)[0]).states == 4 + STATES + 2 - 4
+    trajectory = open_trajectory(tmp_path / "trajectory.zarr")
+    assert (trajectory.gone, trajectory.fingerprint()) == (set(range(4, STATES)), before)
+    assert compute(tmp_path).computed_updates == 0
+    assert not list(verify_trajectory(tmp_path / "trajectory.zarr"))
+
+
+def test_copies_are_removed_and_the_run_can_grow(tmp_path):
+    log = write_log(tmp_path / "log", random_walk(STATES, TENSORS))
+    process(log, tmp_path / "out", **SMALL)
+    before = open_trajectory(tmp_path / "out/trajectory.zarr").fingerprint()
+    assert copies.slim(*opened(tmp_path / "out")).states == STATES - 1
+    assert copies.slim(*opened(tmp_path / "out")) == (0, 0)
+    trajectory = open_trajectory(tmp_path / "out/trajectory.zarr")
+    assert (trajectory.dropped, trajectory.fingerprint()) == (set(range(STATES - 1)), before)
+    assert not list(verify_trajectory(tmp_path / "out/trajectory.zarr"))
+    assert compute(tmp_path / "out").computed_updates == 0
+    assert {path.name for path in (tmp_path / "out/trajectory.zarr/parameter/c").glob("*/*")} == {
+        "0",
+        "1",
+        "2",
+        "3",
+        "4",
+        "5",
+    }
+    assert {path.parent.name for path in (tmp_path / "out/trajectory.zarr/parameter/c").glob("*/*")} == {"4"}
+    write_log(log, random_walk(STATES + 3, TENSORS))
+    process(log, tmp_path / "out", **SMALL)
+    process(log, tmp_path / "copied", **SMALL)
+    one, other = (open_ledger(tmp_path / out / "ledger.zarr").read() for out in ("out", "copied"))
+    assert [array.tobytes() for array in one] == [array.tobytes() for array in other]
+    shutil.rmtree(tmp_path / "out/ledger.zarr")
+    with pytest.raises(InputError, match="the states of step 0 were dropped") as caught:
+        compute(tmp_path / "out")
+    assert "--overwrite" in caught.value.remedy
+
+
+def test_states_that_are_not_analyzed_are_not_removed(tmp_path):
+    ingest(write_log(tmp_path / "log", random_walk(STATES, TENSORS)), tmp_path / "trajectory.zarr")
+    with pytest.raises(InputError, match="the ledger lacks 8 updates") as caught:
+        copies.slim(*opened(tmp_path))
+    assert caught.value.remedy == "run natgrad analyze OUT first"

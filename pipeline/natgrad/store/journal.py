@@ -11,7 +11,7 @@ import base64
 import json
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,9 @@ _VERIFICATION = "verified"
 
 _PROVISIONAL = "provisional"
 """Name of the record of a provisional state, which the next commit replaces."""
+
+_DROPPED = "dropped"
+"""Name of the record of states whose elements were removed."""
 
 _SEAL = '{"crc32c":"%08x",'
 _SEAL_BYTES = len(_SEAL % 0)
@@ -188,6 +191,16 @@ class Journal:
             self.write(_PROVISIONAL, record)
         elif self.has(_PROVISIONAL):
             self.remove(_PROVISIONAL)
+
+    def write_dropped(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Record ranges of states whose elements were removed."""
+        self.write(_DROPPED, {"states": [list(each) for each in ranges]})
+
+    def read_dropped(self) -> list[tuple[int, int]]:
+        """Return the ranges of `write_dropped`."""
+        if not self.has(_DROPPED):
+            return []
+        return [(int(start), int(stop)) for start, stop in self.read(_DROPPED)["states"]]
 
     def clear(self) -> None:
         """Remove incomplete records that a killed writer left."""

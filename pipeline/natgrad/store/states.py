@@ -33,7 +33,7 @@ from natgrad.schema.layout import MEBIBYTE, Layout, missing_word, storage_dtype
 from natgrad.schema.names import ELEMENT, REPLICATE, REPLICATE_STATES, STATES, STEP, of_replicate, replicate_of
 from natgrad.storage import Storage
 from natgrad.storage.local import ChunkFile
-from natgrad.store.checksums import RecordedChecksums, add_to_checksums
+from natgrad.store.checksums import RecordedChecksums, add_to_checksums, checksum
 from natgrad.store.group import INGEST_AGAIN, ArrayPlan, chunk_entry, damage_error, open_array, with_length
 from natgrad.store.journal import Journal
 from natgrad.store.references import OpenFiles, References
@@ -152,6 +152,8 @@ class States:
         Number of committed states, including a provisional one.
     n_fixed : int
         Number of states that will not change: all except a provisional one.
+    dropped : frozenset of int
+        States whose elements were removed; see `natgrad.store.copies.slim`.
     """
 
     def __init__(
@@ -205,6 +207,9 @@ class States:
         self.n_fixed = int(self._newest["stop"])
         self._provisional = provisional if provisional.get("start") == self.n_fixed else {}
         self.n_states = self.n_fixed + bool(self._provisional)
+        self.dropped = frozenset(
+            state for first, last in self.journal.read_dropped() for state in range(first, last)
+        )
         self._references: References | None = None
         self._files = OpenFiles([])
         self._gone: frozenset[int] = frozenset()
@@ -320,8 +325,9 @@ class States:
         for begin, end, in_place in self.divided(name, 0, self.n_states):
             step = 1 if in_place else steps
             for index in range(begin // step, -(-end // step)):
-                if not in_place or index not in self.gone:
-                    yield max(begin, index * step), min(end, (index + 1) * step), in_place
+                low, high = max(begin, index * step), min(end, (index + 1) * step)
+                if low not in self.gone and low not in self.dropped:
+                    yield low, high, in_place
 
     # Reading ------------------------------------------------------------------------------------------------
 
@@ -354,7 +360,8 @@ class States:
         """Divide updates into ranges whose states can be located together, while a column is `opened`.
 
         The number of open files and of located pieces is limited. Updates of states that are `gone` are omitted
-        if no pass has read them: their products are not known.
+        if no pass has read them: their products are not known. So are states that no update needs, if they are gone
+        or dropped.
 
         Parameters
         ----------
@@ -373,16 +380,14 @@ class States:
         InputError
             If a state is gone that one of these updates needs, and that a pass has read before.
         """
-        if not self.references.files:
-            yield start, stop
-            return
         sizes = {name: storage_dtype(self.dtypes[name]).itemsize for name in self.logged}
-        gone = sorted(state for state in self.gone if start <= state <= stop)
-        for state in gone:
+        missing = sorted(state for state in self.gone | self.dropped if start <= state <= stop)
+        for state in missing:
             if leads[max(state - 1 - start, 0) : state + 1 - start].any():
+                self.require_available(state, state + 1)
                 self._require_never_read(state)
         # A state that is gone belongs to the update that leads to it, and to the next one.
-        starts, stops = [start, *(state + 1 for state in gone)], [*(state - 1 for state in gone), stop]
+        starts, stops = [start, *(state + 1 for state in missing)], [*(state - 1 for state in missing), stop]
         for low, high in zip(starts, stops, strict=True):
             for first, last, files in self.references.ranges(sizes, low, high, self.column(column)):
                 self._files.keep(files)
@@ -564,6 +569,7 @@ class States:
                 f"states {start} to {stop} of {name} are not committed; {self.n_states} states are",
                 where=str(self.storage),
             )
+        self.require_available(start, stop)
 
     def _decode(self, name: str, index: int, column: int, start: int, out: NDArray[Any]) -> None:
         """Read states of a compressed chunk through Zarr."""
@@ -630,6 +636,17 @@ class States:
             last = int(damaged[damaged // self.chunk[0] == index][-1])
             raise self._damaged(name, index, column, "checksum mismatch", (int(damaged[0]), last + 1))
 
+    def require_available(self, start: int, stop: int) -> None:
+        """Raise an error if a state was dropped from the trajectory; see `natgrad.store.copies.slim`."""
+        dropped = [state for state in range(start, stop) if state in self.dropped]
+        if dropped:
+            raise InputError(
+                f"the states of {self.named(dropped[0], dropped[-1] + 1)} were dropped",
+                where=str(self.storage),
+                why="natgrad slim has removed them; the ledger and the results do not need them",
+                remedy="to compute damaged or other data again, process the log again with --overwrite",
+            )
+
     # Writing ------------------------------------------------------------------------------------------------
 
     def write(self, name: str, start: int, column: int, block: NDArray[Any]) -> None:
@@ -677,6 +694,26 @@ class States:
             if not referenced:
                 states = np.empty((stop - start, self.chunk[1]), storage_dtype(self.dtypes[name]))
                 self.read(name, start, stop, column, states)
+
+    def copy_chunk(self, name: str, index: int, column: int) -> dict[int, int]:
+        """Write a complete chunk of an array, with the states that are in the files of the log.
+
+        Returns
+        -------
+        dict
+            Checksum of each state in the chunk.
+        """
+        steps, (first, last) = self.chunk[0], self.column(column)
+        block = np.zeros(self.chunk, storage_dtype(self.dtypes[name]))
+        sums = {}
+        for state in range(index * steps, min((index + 1) * steps, self._stored(name))):
+            if state not in self.gone:
+                words = block[state - index * steps]
+                self.read(name, state, state + 1, column, words[None])
+                sums[state] = checksum(words[: last - first])
+        content = block.reshape(-1).data.cast("B")
+        self._writes.write_segment(self.chunk_entry(name, index, column), 0, content, len(content))
+        return sums
 
     def abandon(self) -> None:
         """Cancel uncommitted writes. On return, no write is running."""

@@ -566,6 +566,34 @@ class Trajectory(States):
             self._load_records()
         return gone
 
+    def forget_references(self, checksums: Mapping[str, Mapping[tuple[int, int], int]]) -> None:
+        """Record that states which are in the files of the log are copied now. Their chunks were written.
+
+        Parameters
+        ----------
+        checksums : mapping
+            Array to the checksum of each state and column. States that are `gone` are omitted.
+        """
+        self._settle()
+
+        def copied(record: dict[str, Any]) -> dict[str, Any]:
+            start, stop = record["start"], record["stop"]
+            values = self.checksums.of_record(record).values
+            for name, found in checksums.items():
+                values[name] = values[name].copy()
+                for (state, column), value in found.items():
+                    if start <= state < stop:
+                        values[name][state - start, column] = value
+            kept = [self.references.state(state) if state in self.gone else None for state in range(start, stop)]
+            changed = {key: value for key, value in record.items() if key != "references"} | {"checksums": values}
+            return changed | ({"references": encode(kept)} if any(kept) else {})
+
+        for name in self.journal.names():
+            self.journal.write(name, copied(self.journal.read(name)))
+        if self._provisional:
+            self.journal.write_provisional(copied(self._provisional))
+        self._load_records()
+
     def missing_states(self) -> list[str]:
         """Return the ranges of states whose files are not as recorded any more, for users.
 
