@@ -416,12 +416,11 @@ def test_copies_that_are_made_later_have_the_same_bytes_and_need_no_pass(tmp_pat
     assert moved == (STATES, 4 * 26 * (2 * STATES - 1))
     shutil.rmtree(log)
     assert content(tmp_path / "placed") == content(tmp_path / "copied")
-    chunks = [
-        path.relative_to(tmp_path / "copied") for path in (tmp_path / "copied").glob("trajectory.zarr/*/c/*/*")
-    ]
-    assert chunks
+    # The last column contains padding.
+    chunks = list((tmp_path / "copied").glob("trajectory.zarr/parameter/c/*/[0-4]"))
+    assert len(chunks) == 5 * 5
     for chunk in chunks:
-        assert (tmp_path / "placed" / chunk).read_bytes() == (tmp_path / "copied" / chunk).read_bytes()
+        assert (tmp_path / "placed" / chunk.relative_to(tmp_path / "copied")).read_bytes() == chunk.read_bytes()
     assert compute(tmp_path / "placed").computed_updates == 0
     assert not list(verify_trajectory(tmp_path / "placed/trajectory.zarr"))
     assert copies.materialize(opened(tmp_path / "placed")[0]) == (0, 0)
@@ -471,14 +470,6 @@ def test_copies_are_removed_and_the_run_can_grow(tmp_path):
     assert (trajectory.dropped, trajectory.fingerprint()) == (set(range(STATES - 1)), before)
     assert not list(verify_trajectory(tmp_path / "out/trajectory.zarr"))
     assert compute(tmp_path / "out").computed_updates == 0
-    assert {path.name for path in (tmp_path / "out/trajectory.zarr/parameter/c").glob("*/*")} == {
-        "0",
-        "1",
-        "2",
-        "3",
-        "4",
-        "5",
-    }
     assert {path.parent.name for path in (tmp_path / "out/trajectory.zarr/parameter/c").glob("*/*")} == {"4"}
     write_log(log, random_walk(STATES + 3, TENSORS))
     process(log, tmp_path / "out", **SMALL)
