@@ -141,8 +141,9 @@ BELOW_THE_EDGE = [
 
 @pytest.mark.parametrize("module", BELOW_THE_EDGE)
 def test_locations_are_parsed_at_the_edge_only(module):
-    # `open_store`, its two openers, and the functions that a notebook calls with a path.
+    # `open_store`, its two openers, recorded files of a log, and the functions that a notebook calls with a path.
     openers = {
+        "natgrad.store.references",
         "natgrad.store",
         "natgrad.store.group",
         "natgrad.reporting.page",
