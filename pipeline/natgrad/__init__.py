@@ -10,6 +10,8 @@ Process a log, and open the results:
     Process one run completely, or do one stage.
 ``inspect``, ``verify``
     Describe a log before it is processed; verify stored data against its checksums.
+``materialize``, ``slim``
+    Copy the states of a run that was processed in place, or remove copies.
 ``scan``
     Process all runs below a folder.
 ``open_results``, ``open_trajectory``, ``open_ledger``
@@ -30,7 +32,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from natgrad.app.api import analyze, ingest, inspect, process, report, verify
+    from natgrad.app.api import analyze, ingest, inspect, materialize, process, report, slim, verify
     from natgrad.app.opening import open_ledger, open_results, open_trajectory
     from natgrad.app.scan import scan
     from natgrad.recording.lightning import LightningWatch
@@ -52,12 +54,14 @@ __all__ = [
     "analyze",
     "ingest",
     "inspect",
+    "materialize",
     "open_ledger",
     "open_results",
     "open_trajectory",
     "process",
     "report",
     "scan",
+    "slim",
     "verify",
     "watch",
 ]

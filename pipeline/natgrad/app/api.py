@@ -18,6 +18,7 @@ from natgrad.app.summaries import (
     AnalysisSummary,
     IngestSummary,
     Inspection,
+    MovedStates,
     ProcessSummary,
     Report,
     Verification,
@@ -29,8 +30,10 @@ __all__ = [
     "analyze",
     "ingest",
     "inspect",
+    "materialize",
     "process",
     "report",
+    "slim",
     "verify",
 ]
 
@@ -229,3 +232,55 @@ def verify(out: options.Out, **values: Unpack[options.VersionOptions]) -> Verifi
 
     damages = verify_run(out, values["version"])
     return Verification(damages=tuple(damages), unfinished="" if damages else unfinished(out, values["version"]))
+
+
+@options.with_options()
+def materialize(out: options.Out, *, progress: options.Progress = None) -> MovedStates:
+    """Copy the states of a run that was processed in place. The ledger and the results stay as they are.
+
+    Parameters
+    ----------
+    **options
+
+    Returns
+    -------
+    MovedStates
+
+    Raises
+    ------
+    InputError
+        If there is no trajectory, or a file of the log is missing or was changed.
+    """
+    from natgrad.app.folder import RunFolder
+    from natgrad.store import copies
+
+    folder = RunFolder.of(out)
+    with storage_errors(folder.storage):
+        moved = copies.materialize(folder.trajectory, stage(progress, "materialize"))
+    return MovedStates(trajectory=str(folder.trajectory), **moved._asdict())
+
+
+@options.with_options()
+def slim(out: options.Out) -> MovedStates:
+    """Remove the copied states of a run, and keep its ledger, results and checksums. The run can still grow.
+
+    Parameters
+    ----------
+    **options
+
+    Returns
+    -------
+    MovedStates
+
+    Raises
+    ------
+    InputError
+        If there is no trajectory, or the ledger lacks updates.
+    """
+    from natgrad.app.folder import RunFolder
+    from natgrad.store import copies
+
+    folder = RunFolder.of(out)
+    with storage_errors(folder.storage):
+        moved = copies.slim(folder.trajectory, folder.ledger)
+    return MovedStates(trajectory=str(folder.trajectory), **moved._asdict())

@@ -293,6 +293,27 @@ def verify(out: options.Out, as_json: options.Json = False, quiet: options.Quiet
 
 @app.command()
 @command_options()
+def materialize(out: options.Out, as_json: options.Json = False, quiet: options.Quiet = False) -> None:
+    """Copy the states of OUT that are in the files of its log (--in-place)."""
+    from natgrad.app import api
+
+    output = Output(as_json, quiet)
+    with output.progress() as progress:
+        summary = api.materialize(out, progress=progress)
+    output.show(summary)
+
+
+@app.command()
+@command_options()
+def slim(out: options.Out, as_json: options.Json = False, quiet: options.Quiet = False) -> None:
+    """Remove the copied states of OUT. The ledger, the results and all checksums are kept."""
+    from natgrad.app import api
+
+    Output(as_json, quiet, uses_dask=False).show(api.slim(out))
+
+
+@app.command()
+@command_options()
 def versions(
     out: options.Out, last: options.Last = None, as_json: options.Json = False, quiet: options.Quiet = False
 ) -> None:

@@ -16,6 +16,7 @@ __all__ = [
     "AnalysisSummary",
     "IngestSummary",
     "Inspection",
+    "MovedStates",
     "ProcessSummary",
     "Report",
     "ScanSummary",
@@ -254,6 +255,25 @@ class Verification(Summary):
     def __str__(self) -> str:
         damages = "".join(f"{damage}\n" for damage in self.damages) or "OK: all checksums match\n"
         return damages + (f"{self.unfinished}\n" if self.unfinished else "")
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class MovedStates(Summary):
+    """Summary of copying states that were processed in place, or of removing copies.
+
+    Attributes
+    ----------
+    trajectory : str
+        The store.
+    states : int
+        Number of states that were copied or removed.
+    bytes : int
+        Their size.
+    """
+
+    trajectory: str
+    states: int
+    bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)

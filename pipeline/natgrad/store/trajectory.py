@@ -304,6 +304,7 @@ class Trajectory(States):
             **({"replicates": self.replicates} if self.replicates else {}),
             **({"last_step_lacks": list(self.provisional)} if self.provisional else {}),
             **({"in_place": True, "states_gone": self.missing_states()} if self.in_place else {}),
+            **({"states_removed": len(self.dropped)} if self.dropped else {}),
             **{name: value for name, value in (self.read_options or {}).items() if value and name != "several"},
             "tensors": {tensor.name: list(tensor.shape) for tensor in self.layout.tensors},
         }
