@@ -211,6 +211,8 @@ def kind_of(name):
     store, *parts = name.split("/")
     if not parts:
         return store
+    if parts[:2] == ["commits", "reads"]:
+        return f"{store} reads"
     if parts[0] == "commits" and parts[-1] != "zarr.json":
         return f"{store} record" if parts[-1][0].isdigit() else f"{store} {parts[-1]}"
     if parts[-1] == "zarr.json":

@@ -14,8 +14,8 @@ Process a log, and open the results:
     Copy the states of a run that was processed in place, or remove copies.
 ``scan``
     Process all runs below a folder.
-``open_results``, ``open_trajectory``, ``open_ledger``
-    Open the stores of a run.
+``open_results``, ``open_trajectory``, ``open_ledger``, ``open_states``
+    Open the stores of a run, or its states as a dataset of xarray.
 ``watch``, ``Recorder``
     Log a training run of PyTorch from the hooks of its optimizer, or any other from its training loop.
 ``WatchCallback``, ``LightningWatch``
@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from natgrad.app.api import analyze, ingest, inspect, materialize, process, report, slim, verify
-    from natgrad.app.opening import open_ledger, open_results, open_trajectory
+    from natgrad.app.opening import open_ledger, open_results, open_states, open_trajectory
     from natgrad.app.scan import scan
     from natgrad.recording.lightning import LightningWatch
     from natgrad.recording.recorder import Recorder
@@ -57,6 +57,7 @@ __all__ = [
     "materialize",
     "open_ledger",
     "open_results",
+    "open_states",
     "open_trajectory",
     "process",
     "report",
@@ -76,6 +77,7 @@ _MODULES = {
     "__version__": "natgrad.schema.version",
     "open_ledger": "natgrad.app.opening",
     "open_results": "natgrad.app.opening",
+    "open_states": "natgrad.app.opening",
     "open_trajectory": "natgrad.app.opening",
     "scan": "natgrad.app.scan",
     "watch": "natgrad.recording.torch",

@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 
+import natgrad
 from lazy import Lazy
 from logs import random_walk, with_replicates, write_log, write_step
 from natgrad.app.describe import describe_run
@@ -487,3 +488,26 @@ def test_states_that_are_not_analyzed_are_not_removed(tmp_path):
     with pytest.raises(InputError, match="the ledger lacks 8 updates") as caught:
         copies.slim(*opened(tmp_path))
     assert caught.value.remedy == "run natgrad analyze OUT first"
+
+
+# Zarr ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("replicates", [0, 2])
+def test_the_states_are_a_dataset_of_xarray_whether_they_are_copied_or_not(tmp_path, replicates):
+    states = (
+        with_replicates(random_walk(STATES, TENSORS), replicates) if replicates else random_walk(STATES, TENSORS)
+    )
+    log = write_log(tmp_path / "log", states)
+    process(log, tmp_path / "copied", **SMALL)
+    process(log, tmp_path / "placed", in_place=True, **SMALL)
+    copied, placed = (natgrad.open_states(tmp_path / out) for out in ("copied", "placed"))
+    assert placed.drop_attrs().identical(copied.drop_attrs())
+    order = list(open_trajectory(tmp_path / "placed/trajectory.zarr").layout.names)
+    for step, state in enumerate(states):
+        expected = np.concatenate([np.ravel(state[f"gradient/{name}"]) for name in order])
+        np.testing.assert_array_equal(placed["gradient"].sel(step=step), expected)
+    assert placed["loss"].values.tolist() == [state["loss"] for state in states]
+    spoil(log / "step_4.safetensors", "inverted bit")
+    with pytest.raises(InputError, match="checksum mismatch"):
+        natgrad.open_states(tmp_path / "placed").load()

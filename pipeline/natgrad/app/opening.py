@@ -7,7 +7,7 @@ and `natgrad.verify` do not load.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar, Unpack
+from typing import Any, TypeVar, Unpack
 
 import xarray as xr
 
@@ -17,7 +17,7 @@ from natgrad.results import dataset
 from natgrad.storage import storage_errors
 from natgrad.store import Ledger, Trajectory
 
-__all__ = ["open_ledger", "open_results", "open_trajectory"]
+__all__ = ["open_ledger", "open_results", "open_states", "open_trajectory"]
 
 T = TypeVar("T")
 
@@ -61,6 +61,37 @@ def open_trajectory(out: options.Out, **values: Unpack[options.VersionOptions]) 
         If there is no trajectory.
     """
     return _opened(out, values, lambda folder: Trajectory(folder.trajectory))
+
+
+@options.with_options(options.VersionOptions)
+def open_states(out: options.Out, **values: Unpack[options.VersionOptions]) -> xr.Dataset:
+    """Open the logged states of a run, copied or in the files of its log.
+
+    Parameters
+    ----------
+    **options
+
+    Returns
+    -------
+    xarray.Dataset
+        ``parameter``, ``gradient`` and other arrays (step, element), and the numbers of each step. Elements are
+        read when they are used, and compared with their checksums. bfloat16 is read as its bits, in uint16.
+
+    Raises
+    ------
+    InputError
+        If there is no trajectory.
+    """
+
+    def opened(folder: RunFolder) -> xr.Dataset:
+        # Zarr takes time to load.
+        from natgrad.store.states_store import StatesStore
+
+        store: Any = StatesStore.of(Trajectory(folder.trajectory))
+        found: xr.Dataset = xr.open_zarr(store, consolidated=False, chunks=None)
+        return found
+
+    return _opened(out, values, opened)
 
 
 @options.with_options(options.VersionOptions)

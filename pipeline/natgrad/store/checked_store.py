@@ -14,10 +14,11 @@ from zarr.storage import StorePath, WrapperStore
 from natgrad.storage import Storage
 from natgrad.store.checked import compare
 
-__all__ = ["CheckedStore"]
+__all__ = ["CheckedStore", "part_of"]
 
 
-def _slice(byte_range: ByteRequest, size: int) -> slice:
+def part_of(byte_range: ByteRequest, size: int) -> slice:
+    """Return the part of a content of this size that a request of Zarr describes."""
     if isinstance(byte_range, RangeByteRequest):
         return slice(byte_range.start, byte_range.end)
     if isinstance(byte_range, OffsetByteRequest):
@@ -73,7 +74,7 @@ class CheckedStore(WrapperStore[Store]):
         found = await self._store.get(key, prototype)
         content = None if found is None else found.to_bytes()
         compare(self._storage / name, content, self._files[name], self._remedy)
-        return found if found is None or byte_range is None else found[_slice(byte_range, len(found))]
+        return found if found is None or byte_range is None else found[part_of(byte_range, len(found))]
 
     async def get_partial_values(
         self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]

@@ -2,7 +2,7 @@
 
 A pass computes the checksums of all states that it reads while their bytes are in the cache. Those of copied states
 are compared with the record of their commit. The first pass over a state in the files of the log records its
-checksums in ``reads``, and every later read compares with them. A log is therefore never read only for checksums.
+checksums in ``commits/reads``, and every later read compares with them. A log is never read only for checksums.
 """
 
 from __future__ import annotations

@@ -185,7 +185,7 @@ class States:
         self._writes = storage.writes()
         self._written: set[Storage] = set()
         self.journal = Journal(storage / "commits", INGEST_AGAIN)
-        self.checksums = RecordedChecksums(self, storage / "reads", INGEST_AGAIN)
+        self.checksums = RecordedChecksums(self, storage / "commits/reads", INGEST_AGAIN)
         self._load_records()
 
     def refresh(self) -> None:
@@ -195,7 +195,7 @@ class States:
             self.storage = storage
             self._array.cache_clear()
             self.journal = Journal(storage / "commits", INGEST_AGAIN)
-            self.checksums = RecordedChecksums(self, storage / "reads", INGEST_AGAIN)
+            self.checksums = RecordedChecksums(self, storage / "commits/reads", INGEST_AGAIN)
         self._load_records()
 
     def _load_records(self) -> None:
