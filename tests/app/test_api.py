@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 LOG = ROOT / "data" / "linear_system"
 
 NAMES = {
-    *("process", "ingest", "analyze", "report", "inspect", "verify", "scan"),
+    *("process", "ingest", "analyze", "report", "inspect", "verify", "scan", "materialize", "slim", "open_states"),
     *("open_results", "open_trajectory", "open_ledger", "Metric", "InputError", "Unavailable"),
     *("watch", "Recorder", "WatchCallback", "LightningWatch"),
     "__version__",

@@ -12,6 +12,7 @@ from natgrad.app.summaries import (
     AnalysisSummary,
     IngestSummary,
     Inspection,
+    MovedStates,
     ProcessSummary,
     Report,
     ScanSummary,
@@ -36,6 +37,9 @@ assert_type(natgrad.scan("logs", "out", at_once=2), ScanSummary)
 assert_type(natgrad.open_results("out"), xr.DataTree)
 assert_type(natgrad.open_trajectory("out"), Trajectory)
 assert_type(natgrad.open_ledger("out"), Ledger)
+assert_type(natgrad.open_states("out"), xr.Dataset)
+assert_type(natgrad.materialize("out"), MovedStates)
+assert_type(natgrad.slim("out").states, int)
 assert_type(natgrad.__version__, str)
 natgrad.Recorder("log").record(0, parameter={"a": np.ones(2)}, gradient={"a": np.ones(2)}, loss=1.0)
 module, optimizer = torch.nn.Linear(1, 1), torch.optim.SGD([torch.ones(1)])

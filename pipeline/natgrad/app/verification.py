@@ -74,7 +74,7 @@ def _opened(folder: RunFolder) -> Trajectory | None:
 
 def _record(states: Trajectory, time: str) -> None:
     """Record the time of a verification without damage."""
-    if states.storage.keeps_versions:
+    if states.storage.keeps_versions or not states.was_read:
         return
     try:
         states.record_verification(time)

@@ -748,8 +748,7 @@ class Trajectory(States):
         InputError
             If the checksum of a state is not known, because no pass has read it yet.
         """
-        all_states = LedgerChunk(0, max(self.n_states - 1, 0))
-        found = self.digests([all_states])[all_states]
+        found = self._digest_of_all()
         if not found:
             raise InputError(
                 "the checksums of the states are not known yet",
@@ -758,6 +757,15 @@ class Trajectory(States):
                 remedy="run natgrad analyze OUT",
             )
         return found
+
+    def _digest_of_all(self) -> str:
+        all_states = LedgerChunk(0, max(self.n_states - 1, 0))
+        return self.digests([all_states])[all_states]
+
+    @property
+    def was_read(self) -> bool:
+        """False if the checksum of a state is not known, because no pass has read it yet."""
+        return not self.in_place or bool(self._digest_of_all())
 
     def digests(self, chunks: Iterable[LedgerChunk]) -> dict[LedgerChunk, str]:
         """Return the digest of the states from which each ledger chunk is computed, including the halo.
