@@ -213,6 +213,7 @@ class States:
         self._references: References | None = None
         self._files = OpenFiles([])
         self._gone: frozenset[int] = frozenset()
+        self._partial: dict[str, bool] = {}
         self.checksums.forget()
 
     @property
@@ -291,10 +292,11 @@ class States:
 
     def allows_partial_reads(self, name: str) -> bool:
         """Return True if parts of a chunk can be read, because they are in uncompressed local files."""
-        are_copied = not self._are_referenced(name, 0, self._stored(name)).all() or not self.in_place
-        if self.is_compressed(name) or (are_copied and self._folder is None):
-            return False
-        return self.references.is_local
+        if name not in self._partial:
+            are_copied = not self.in_place or not self._are_referenced(name, 0, self._stored(name)).all()
+            local = self.references.is_local and (self._folder is not None or not are_copied)
+            self._partial[name] = local and not self.is_compressed(name)
+        return self._partial[name]
 
     def _are_referenced(self, name: str, start: int, stop: int) -> NDArray[np.bool_]:
         """Return which states of an array are in the files of the log, shape (states,)."""
