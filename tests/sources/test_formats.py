@@ -164,10 +164,11 @@ def save_hdf5(path, state):
     with h5py.File(path, "w") as file:
         for key, value in state.items():
             value = np.asarray(value)
+            options = {"compression": "gzip"} if value.ndim else {}
             if value.dtype.name == "bfloat16":
-                file.create_dataset(key, data=value.view(np.uint16)).attrs["ml_dtype"] = "bfloat16"
+                file.create_dataset(key, data=value.view(np.uint16), **options).attrs["ml_dtype"] = "bfloat16"
             else:
-                file.create_dataset(key, data=value, **({"compression": "gzip"} if value.ndim else {}))
+                file.create_dataset(key, data=value, **options)
 
 
 def stacked(states):
