@@ -11,9 +11,9 @@ from __future__ import annotations
 import itertools
 import tempfile
 import time
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated
-from unittest import mock
 
 import numpy as np
 import psutil
@@ -22,7 +22,7 @@ from distributed import LocalCluster
 
 from natgrad.compute import executors
 from natgrad.compute.plan import Tile, plan_pass
-from natgrad.compute.tasks import Job, Segments
+from natgrad.compute.tasks import Job, Tiled
 from natgrad.schema.layout import MEBIBYTE, LedgerChunk, chunk_shape
 from natgrad.storage import LocalStorage
 
@@ -35,17 +35,24 @@ def segments_in(tile: Tile, tensors: int, columns: int) -> int:
     return (tile.last - tile.first) * max(1, round(tensors / columns)) + (tile.last - tile.first)
 
 
-def slept_tile(job: Job, tile: Tile, *, tensors: int, columns: int, seconds: float) -> Segments:
-    """Replace `natgrad.compute.tasks.tile_segments`: sleep for the time of a tile and return zeros in its shape."""
-    time.sleep(seconds)
-    count, updates = segments_in(tile, tensors, columns), tile.stop - tile.start
-    return np.arange(count), np.zeros((updates, count, VECTORS, VECTORS)), np.zeros((updates, count))
+@dataclass(frozen=True)
+class SleepingJob(Job):
+    """A pass that sleeps for the time of a tile, and returns zeros in its shape."""
 
+    tensors: int = 1
+    seconds: float = 0.0
 
-def unwritten_chunk(job: Job, chunk: LedgerChunk, digest: str, parts: list[Segments]) -> LedgerChunk:
-    """Replace `natgrad.compute.tasks.write_chunk`: receive all segments and write nothing."""
-    assert sum(len(indices) for indices, _, _ in parts) > 0
-    return chunk
+    def compute(self, task: Tile) -> Tiled:
+        """Sleep instead of computing."""
+        time.sleep(self.seconds)
+        count, updates = segments_in(task, self.tensors, self.plan.columns), task.stop - task.start
+        segments = np.arange(count), np.zeros((updates, count, VECTORS, VECTORS)), np.zeros((updates, count))
+        return Tiled(segments, None)
+
+    def finish(self, chunk: LedgerChunk, digest: str, parts: Sequence[Tiled]) -> LedgerChunk:
+        """Receive all segments and write nothing."""
+        assert sum(len(part.segments[0]) for part in parts) > 0
+        return chunk
 
 
 def main(
@@ -78,14 +85,12 @@ def main(
         f"{wire / 1e9:.2f} GB of segment ledgers sent to the scheduler, {wire / plan.read_bytes:.1e} of the input"
     )
     out = LocalStorage(tempfile.mkdtemp(prefix="natgrad-scale-"))
-    job = Job.of(out / "trajectory.zarr", out / "ledger.zarr", plan)
-    tile_segments = partial(slept_tile, tensors=tensors, columns=plan.columns, seconds=seconds)
+    of_pass = Job.of(out / "trajectory.zarr", out / "ledger.zarr", plan)
+    job = SleepingJob(**vars(of_pass), tensors=tensors, seconds=seconds)
     digests = dict.fromkeys((item.chunk.start for item in items), "")
     process = psutil.Process()
     with (
         LocalCluster(n_workers=workers, threads_per_worker=1, processes=False, dashboard_address=None) as cluster,
-        mock.patch.object(executors, "tile_segments", tile_segments),
-        mock.patch.object(executors, "write_chunk", unwritten_chunk),
     ):
         before = peak = process.memory_info().rss
         begin = time.perf_counter()

@@ -28,8 +28,10 @@ from test_ledger_pass import CHUNK, ELEMENTS, ROWS, SHAPES, bits, compute_small
 import natgrad
 from logs import walk_arrays, write_trajectory
 from natgrad.compute import clusters, executors
+from natgrad.compute.work import calls
 from natgrad.schema.errors import InputError, Unavailable
 from natgrad.schema.version import __version__
+from natgrad.storage import open_storage
 from natgrad.store import open_ledger
 from servers import free_port, kill, process, wait_for
 
@@ -301,10 +303,19 @@ def die(*arguments):
 die.__module__ = "__main__"  # workers receive it by value, and need not import this module
 
 
-def test_a_task_whose_workers_die_repeatedly_is_reported_with_a_remedy(tmp_path, arrays, monkeypatch):
-    monkeypatch.setattr(executors, "tile_segments", die)
+def test_a_task_whose_workers_die_repeatedly_is_reported_with_a_remedy(tmp_path):
     with clusters.local_scheduler(2) as address, pytest.raises(Unavailable, match="died 4 times") as dead:
-        run_pass(tmp_path, arrays, executors.existing_cluster(address))
+        list(
+            calls(
+                executors.existing_cluster(address),
+                die,
+                [0, 1],
+                kind="die",
+                out=open_storage(tmp_path),
+                task_bytes=0,
+                worker_bytes=0,
+            )
+        )
     assert f"natgrad analyze {tmp_path}" in dead.value.remedy
 
 

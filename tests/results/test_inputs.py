@@ -241,7 +241,7 @@ def test_the_metric_of_the_optimizer_is_that_of_its_factors_or_of_adam():
 def test_the_products_of_replicates_are_read_one_chunk_at_a_time(updates):
     sums = Sums()
     found = dict.fromkeys(range(len(updates)))
-    for positions, products in replicate_products(sums, np.array(updates)):
+    for positions, products, _ in replicate_products(sums, np.array(updates)):
         found |= zip(positions.tolist(), products.tolist(), strict=True)
     assert list(found.values()) == updates
     expected = [("replicate_gram", 0, 3)] * (min(updates) < 3) + [("replicate_gram", 3, 4)] * (max(updates) == 3)

@@ -8,8 +8,13 @@ import pytest
 import xarray as xr
 import zarr
 
+from natgrad.storage import LocalStorage
 from natgrad.store import labelled
-from natgrad.store.labelled import LabelledArray, LabelledGroup
+from natgrad.store.labelled import ChunkedArray, LabelledArray, LabelledGroup, contents_of, encoded_chunk
+
+
+def write(folder, groups):
+    LocalStorage(folder).put_entries(contents_of(groups))
 
 
 def group(seed):
@@ -58,7 +63,7 @@ def as_tree(groups):
 def written(tmp_path_factory):
     """Return the folder of our arrays, and that of the same arrays written by xarray."""
     ours, theirs = (tmp_path_factory.mktemp("labelled") / name for name in ("ours", "theirs"))
-    labelled.write_groups(ours, GROUPS)
+    write(ours, GROUPS)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")
         as_tree(GROUPS).to_zarr(theirs, zarr_format=3, consolidated=True, mode="w")
@@ -99,14 +104,33 @@ def test_xarray_and_zarr_read_the_values(written):
 def test_large_arrays_are_divided_along_their_first_dimension(tmp_path):
     rows = 2 * labelled.CHUNK_BYTES // 8 // 3 + 7
     values = np.arange(3.0 * rows).reshape(rows, 3)
-    labelled.write_groups(tmp_path / "w", {"": LabelledGroup({"x": LabelledArray(("step", "tensor"), values)})})
+    write(tmp_path / "w", {"": LabelledGroup({"x": LabelledArray(("step", "tensor"), values)})})
     array = zarr.open_group(tmp_path / "w", mode="r")["x"]
     assert array.chunks == (labelled.CHUNK_BYTES // 24, 3)
     assert len(list((tmp_path / "w" / "x" / "c").iterdir())) == 3
     np.testing.assert_array_equal(array[:], values)
 
 
-def test_a_file_that_cannot_be_written_is_named(tmp_path):
-    (tmp_path / "x").write_text("a file")
-    with pytest.raises(OSError, match="x"):
-        labelled.write_groups(tmp_path, {"": LabelledGroup({"x": LabelledArray((), np.array(1.0))})})
+@pytest.mark.parametrize("shuffled", [False, True])
+@pytest.mark.parametrize("kind", ["float64", "int8", "bool", "int64"])
+def test_an_array_can_be_written_chunk_by_chunk(tmp_path, kind, shuffled):
+    values = np.random.default_rng(0).integers(0, 2, (7, 3, 2)).astype(kind)
+    values[:4, :, 1] = np.nan if kind == "float64" else 0
+    array = ChunkedArray(("step", "tensor", "descent"), values.shape, (4, 3, 1), kind, {"units": "1"}, shuffled)
+    contents = contents_of({"of": LabelledGroup({"x": array})})
+    for row, descent in [(0, 0), (1, 0), (0, 1), (1, 1)]:
+        part = values[4 * row : 4 * row + 4, :, descent : descent + 1]
+        found = encoded_chunk(part, array.chunks, (row, 0, descent), shuffled=shuffled)
+        # A chunk of missing values is not stored.
+        assert (found is None) == (row == 0 and descent == 1)
+        contents |= {f"of/x/{found[0]}": found[1]} if found else {}
+    LocalStorage(tmp_path / "w").put_entries(contents)
+    found = xr.open_datatree(tmp_path / "w", engine="zarr")["of"]["x"]
+    assert found.dtype == kind
+    np.testing.assert_array_equal(found.values, values)
+    # The metadata and the chunks are those that Zarr writes.
+    group = zarr.open_group(tmp_path / "w", mode="a", use_consolidated=False)
+    chunk = tmp_path / "w" / "of" / "x" / "c" / "0" / "0" / "0"
+    ours = chunk.read_bytes()
+    group["of/x"][:4, :, :1] = values[:4, :, :1]
+    assert chunk.read_bytes() == ours

@@ -768,8 +768,8 @@ class AnalyzeOptions(WorkerOptions, total=False):
     gammas: Annotated[
         Sequence[float] | None,
         Option(
-            "Weights of the metric family, eq. (22).",
-            [0.01, 0.1, 1.0, 10.0, 100.0],
+            "Weights of the metric family, eq. (22). If they are set, the results of tensors also have the family.",
+            unset="0.01, 0.1, 1, 10 and 100, for the model only",
             flag="--gamma",
             metavar="GAMMA",
             above=0,

@@ -7,7 +7,9 @@ The functions need no Prefect server. They take options that are already validat
 from __future__ import annotations
 
 import errno
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -21,12 +23,14 @@ from natgrad.compute.clusters import require_cluster, require_configuration
 from natgrad.compute.ledger_pass import compute_ledger, plan_ledger
 from natgrad.compute.plan import PlanLimits
 from natgrad.compute.processors import usable_processors
+from natgrad.compute.work import calls
 from natgrad.ingestion import Extent, StepWait, buffer_bytes, ingest
 from natgrad.results import dataset as results
+from natgrad.results.blocks import BlockTask, BlockWork, projected_bytes
+from natgrad.results.building import build
 from natgrad.results.inputs import replicate_products, update_table
-from natgrad.results.summary import overview
 from natgrad.schema.errors import InputError, Unavailable
-from natgrad.schema.layout import IngestLimits, TrajectoryShape
+from natgrad.schema.layout import MEBIBYTE, IngestLimits, TrajectoryShape
 from natgrad.schema.logs import logger
 from natgrad.schema.names import ATTEMPT, REPLICATE_LOSS
 from natgrad.schema.version import RESULTS_VERSION, __version__
@@ -64,7 +68,7 @@ class Analysis:
     learning_rate: float | None = None
     weight_decay: Mapping[str, float] | None = None
     evaluation: str = _DEFAULTS["evaluation"]
-    gammas: Sequence[float] = tuple(_DEFAULTS["gammas"])
+    gammas: Sequence[float] | None = None
     windows: Sequence[int] = tuple(_DEFAULTS["windows"])
     workers: int | None = None
     scheduler: str | None = None
@@ -89,13 +93,13 @@ class Analysis:
         """Build an Analysis from validated options, ignoring unrelated ones."""
         return cls(**{field.name: values[field.name] for field in fields(cls)})
 
-    def executor(self) -> executors.Executor:
-        """Return the executor that these options request."""
+    def executor(self, stack: ExitStack | None = None) -> executors.Executor:
+        """Return the executor that these options request. Its cluster exists until the stack closes."""
         if self.scheduler is not None:
             return executors.existing_cluster(self.scheduler, worker_seconds=self.worker_timeout)
         workers = usable_processors() if self.workers is None else self.workers
         if self.cluster is not None:
-            return executors.named_cluster(self.cluster, workers, worker_seconds=self.worker_timeout)
+            return executors.named_cluster(self.cluster, workers, worker_seconds=self.worker_timeout, stack=stack)
         return executors.local(workers, self.memory_limit)
 
     def check(self, extent: Extent) -> None:
@@ -133,8 +137,32 @@ class Analysis:
         """
         # The pass itself refuses a trajectory without updates.
         if shape.states > 1 and shape.layout.elements:
-            plan_ledger(shape, ledger, memory_limit=self.memory_limit, limits=limits)
+            self.projected_bytes(shape, ledger, limits)
         self.require_workers()
+
+    def projected_bytes(self, shape: TrajectoryShape, ledger: Storage, limits: PlanLimits = PlanLimits()) -> int:
+        """Return the projected peak memory of a worker, for the pass and for the results.
+
+        Raises
+        ------
+        InputError
+            If it exceeds the memory limit, or the location of the ledger contains something else.
+        """
+        plan = plan_ledger(shape, ledger, memory_limit=self.memory_limit, limits=limits)
+        of_results = limits.reserved_bytes + self.results_bytes(shape)
+        if of_results > self.memory_limit:
+            least = math.ceil(of_results / MEBIBYTE)
+            raise InputError(
+                f"a worker would need {least} MiB, but memory_limit is {self.memory_limit / MEBIBYTE:.0f} MiB",
+                where=f"results of {len(shape.layout.tensors)} tensors, with windows of up to {max(self.windows)} "
+                f"updates, and {limits.reserved_bytes / MEBIBYTE:.0f} MiB of an idle worker",
+                remedy=f"raise --memory-limit to {least}MiB or more",
+            )
+        return max(plan.projected_bytes, of_results)
+
+    def results_bytes(self, shape: TrajectoryShape) -> int:
+        """Return the memory that a worker takes for the results, in addition to that of an idle process."""
+        return projected_bytes(shape.states, len(shape.layout.tensors), len(shape.vectors), self.windows)
 
     def require_workers(self) -> None:
         """Check that Dask is configured, and that the requested scheduler or cluster can be used.
@@ -239,21 +267,27 @@ def analyze_run(
     folder = RunFolder.of(out)
 
     def planned() -> int:
-        shape = Trajectory(folder.trajectory).shape
-        return plan_ledger(shape, folder.ledger, memory_limit=analysis.memory_limit, limits=limits).projected_bytes
+        return analysis.projected_bytes(Trajectory(folder.trajectory).shape, folder.ledger, limits)
 
-    with memory_errors(planned), storage_errors(folder.storage):
-        return _analyze(folder, analysis, limits, progress)
+    with memory_errors(planned), storage_errors(folder.storage), ExitStack() as stack:
+        return _analyze(folder, analysis, limits, progress, analysis.executor(stack))
 
 
 def _analyze(
-    folder: RunFolder, analysis: Analysis, limits: PlanLimits, progress: Progress | None
+    folder: RunFolder,
+    analysis: Analysis,
+    limits: PlanLimits,
+    progress: Progress | None,
+    executor: executors.Executor,
 ) -> AnalysisSummary:
-    analysis.check(Extent.of(Trajectory(folder.trajectory)))
+    trajectory = Trajectory(folder.trajectory)
+    analysis.check(Extent.of(trajectory))
+    if trajectory.n_states > 1 and trajectory.layout.elements:  # the pass refuses others
+        analysis.projected_bytes(trajectory.shape, folder.ledger, limits)
     computed = compute_ledger(
         folder.trajectory,
         folder.ledger,
-        executor=analysis.executor(),
+        executor=executor,
         memory_limit=analysis.memory_limit,
         limits=limits,
         trust_states=analysis.trust_states,
@@ -269,6 +303,7 @@ def _analyze(
         weight_decay=analysis.weight_decay,
         evaluation=analysis.evaluation,
         attempt=analysis.attempt,
+        with_gram=False,
     )
     provenance = {
         "source": states.source,
@@ -280,26 +315,49 @@ def _analyze(
             "learning_rate": analysis.learning_rate,
             "weight_decay": analysis.weight_decay,
             "evaluation": analysis.evaluation,
-            "gamma": list(analysis.gammas),
+            "gamma": None if analysis.gammas is None else list(analysis.gammas),
             "window": list(analysis.windows),
             "attempt": int(states.scalar(ATTEMPT).max()) if analysis.attempt is None else analysis.attempt,
         },
     }
     provenance |= {"unfinished": states.unfinished} if states.unfinished else {}
-    tree = results.label(inputs, gammas=analysis.gammas, windows=analysis.windows, provenance=provenance)
+    additional = {}
     if states.replicates:
         # This imports SciPy's operators, which take a third of a second to load.
         from natgrad.results import replicates
 
         losses = states.scalar(REPLICATE_LOSS)[rows]
-        tree["replicates"] = replicates.label_run(
+        additional["replicates"] = replicates.label_run(
             inputs, replicate_products(ledger, rows), states.replicates, losses
         )
-    summary = overview(tree)
-    for text in summary["objective"]["warnings"]:
-        _log.warning("%s", text)
+
+    def call(work: BlockWork, tasks: Sequence[BlockTask]) -> Iterable[Any]:
+        gram_bytes = 8 * len(ledger.layout.tensors) * len(ledger.vectors) ** 2
+        return calls(
+            executor,
+            work,
+            tasks,
+            kind="results",
+            out=folder.storage,
+            task_bytes=max((gram_bytes * len(task.updates) for task in tasks), default=0),
+            worker_bytes=analysis.results_bytes(states.shape),
+            limits=limits,
+        )
+
     with folder.results.lock("results") as storage:
-        results.write(tree, storage, summary)
+        built = build(
+            inputs,
+            rows,
+            folder.ledger.absolute(),
+            storage,
+            call,
+            gammas=analysis.gammas,
+            windows=analysis.windows,
+            provenance=provenance,
+            additional=additional,
+        )
+        for text in built.summary["objective"]["warnings"]:
+            _log.warning("%s", text)
         storage.publish(f"results of {folder.storage.name}: {len(inputs.steps)} updates")
     return AnalysisSummary(
         ledger=str(folder.ledger),
@@ -307,9 +365,9 @@ def _analyze(
         chunks=computed.chunks,
         computed_chunks=computed.computed_chunks,
         computed_updates=computed.computed_updates,
-        projected_memory=computed.plan.projected_bytes,
+        projected_memory=analysis.projected_bytes(states.shape, folder.ledger, limits),
         states_verified=computed.states_verified,
-        **summary,
+        **built.summary,
     )
 
 

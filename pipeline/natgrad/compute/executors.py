@@ -1,8 +1,8 @@
-"""Execute the tiles of a pass serially, in threads, in processes or on a Dask cluster.
+"""Execute the tasks of a work (`natgrad.compute.work`) serially, in threads, in processes or on a Dask cluster.
 
-The serial executor is the reference: the others run the same functions (`natgrad.compute.tasks`). Workers write the
-ledger and return only the address of a finished ledger chunk to the client. For an Icechunk repository they return
-the ledger chunk itself, because only one process may commit there.
+The serial executor is the reference: the others call the same functions. Workers write the ledger and the results,
+and return only what the client needs to continue. For an Icechunk repository they return ledger chunks themselves,
+because only one process may commit there.
 """
 
 from __future__ import annotations
@@ -12,18 +12,16 @@ import math
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import Any
 
 from natgrad.compute.clusters import local_scheduler, named_scheduler
-from natgrad.compute.plan import WorkItem
-from natgrad.compute.tasks import Finished, Job, Tiled, compute_chunk, tile_segments, write_chunk
+from natgrad.compute.work import Work, WorkItem
 from natgrad.compute.worker_checks import Problem, WorkerCheck, worker_check
 from natgrad.schema.errors import Unavailable
-from natgrad.schema.layout import LedgerChunk
 from natgrad.schema.logs import logger
 
 __all__ = [
@@ -45,8 +43,8 @@ Digests = Callable[[], Mapping[int, str]]
 chunk, by its first update; empty if a pass has to read the states first. An executor calls it once for each ledger
 chunk, when it schedules the write."""
 
-Executor = Callable[[Job, "list[WorkItem]", Digests], Iterator[Finished]]
-"""Function that computes ledger chunks. It yields each when it is on disk, or when the client must write it."""
+Executor = Callable[[Work, "Sequence[WorkItem]", Digests], Iterator[Any]]
+"""Function that computes the items of a work. It yields the result of each (`Work.finish`) when it is complete."""
 
 
 _RETRY_SECONDS = 0.1
@@ -69,15 +67,15 @@ _LOSSES = 3
 """Maximum number of times that a task is resubmitted after all workers that it could run on were lost."""
 
 
-def serial(job: Job, items: list[WorkItem], digests: Digests) -> Iterator[Finished]:
+def serial(job: Work, items: Sequence[WorkItem], digests: Digests) -> Iterator[Any]:
     """Compute ledger chunks sequentially in this process, and write each while the next is computed."""
-    written: Future[Finished] | None = None
+    written: Future[Any] | None = None
     with ThreadPoolExecutor(1) as pool:
         for item in items:
-            parts = [tile_segments(job, tile) for tile in item.tiles]
+            parts = [job.compute(tile) for tile in item.tiles]
             if written is not None:
                 yield written.result()
-            written = pool.submit(write_chunk, job, item.chunk, digests()[item.chunk.start], parts)
+            written = pool.submit(job.finish, item.chunk, digests()[item.chunk.start], parts)
         if written is not None:
             yield written.result()
 
@@ -85,20 +83,20 @@ def serial(job: Job, items: list[WorkItem], digests: Digests) -> Iterator[Finish
 def threads(workers: int) -> Executor:
     """Compute tiles in threads of this process, with as many threads for writing. The kernel releases the GIL."""
 
-    def run(job: Job, items: list[WorkItem], digests: Digests) -> Iterator[Finished]:
+    def run(job: Work, items: Sequence[WorkItem], digests: Digests) -> Iterator[Any]:
         pool, writers = ThreadPoolExecutor(workers), ThreadPoolExecutor(workers)
         ahead = _chunks_in_flight(2 * workers, items)
-        pending: deque[tuple[LedgerChunk, list[Future[Tiled]]]] = deque()
-        written: deque[Future[Finished]] = deque()
+        pending: deque[tuple[WorkItem, list[Future[Any]]]] = deque()
+        written: deque[Future[Any]] = deque()
 
         def write_oldest() -> None:
-            chunk, tiles = pending.popleft()
+            item, tiles = pending.popleft()
             parts = [tile.result() for tile in tiles]
-            written.append(writers.submit(write_chunk, job, chunk, digests()[chunk.start], parts))
+            written.append(writers.submit(job.finish, item.chunk, digests()[item.chunk.start], parts))
 
         try:
             for item in items:
-                pending.append((item.chunk, [pool.submit(tile_segments, job, tile) for tile in item.tiles]))
+                pending.append((item, [pool.submit(job.compute, tile) for tile in item.tiles]))
                 if len(pending) >= ahead:
                     write_oldest()
                 # Ledger chunks that wait for the disk take memory, which is planned for one ledger chunk of each
@@ -133,14 +131,14 @@ def local(workers: int, memory_limit: int | None = None) -> Executor:
         Bytes of each process.
     """
 
-    def run(job: Job, items: list[WorkItem], digests: Digests) -> Iterator[Finished]:
+    def run(job: Work, items: Sequence[WorkItem], digests: Digests) -> Iterator[Any]:
         tasks = sum(len(item.tiles) for item in items)
         several = min(workers, tasks)
         fitting = (
             several if memory_limit is None else (memory_limit - job.limits.reserved_bytes) // job.worker_bytes
         )
         short = several < 2 or tasks * job.task_bytes < job.limits.least_cluster_bytes
-        if short or (job.compiled and several <= min(fitting, job.limits.most_threads)):
+        if short or (job.threaded and several <= min(fitting, job.limits.most_threads)):
             together = min(several, fitting)
             yield from (threads(together) if together > 1 else serial)(job, items, digests)
             return
@@ -150,7 +148,9 @@ def local(workers: int, memory_limit: int | None = None) -> Executor:
     return run
 
 
-def named_cluster(name: str, workers: int, *, worker_seconds: float = WORKER_SECONDS) -> Executor:
+def named_cluster(
+    name: str, workers: int, *, worker_seconds: float = WORKER_SECONDS, stack: ExitStack | None = None
+) -> Executor:
     """Compute ledger chunks on a cluster of a batch system or of Kubernetes that exists during the pass.
 
     Parameters
@@ -161,12 +161,18 @@ def named_cluster(name: str, workers: int, *, worker_seconds: float = WORKER_SEC
         Worker processes to request.
     worker_seconds : float
         See `existing_cluster`. There is no limit on the time until the first worker starts.
+    stack : ExitStack, optional
+        The first work starts the cluster, and it exists until the stack is closed. Default: each work has its own.
     """
+    addresses: list[str] = []
 
-    def run(job: Job, items: list[WorkItem], digests: Digests) -> Iterator[Finished]:
-        if items:
-            with named_scheduler(name, workers) as address:
-                yield from existing_cluster(address, worker_seconds=worker_seconds)(job, items, digests)
+    def run(job: Work, items: Sequence[WorkItem], digests: Digests) -> Iterator[Any]:
+        if not items:
+            return
+        with ExitStack() as own:
+            if not addresses or stack is None:
+                addresses[:] = [(stack or own).enter_context(named_scheduler(name, workers))]
+            yield from existing_cluster(addresses[0], worker_seconds=worker_seconds)(job, items, digests)
 
     return run
 
@@ -195,7 +201,7 @@ def existing_cluster(
         workers of a task die repeatedly. Finished ledger chunks are kept.
     """
 
-    def run(job: Job, items: list[WorkItem], digests: Digests) -> Iterator[Finished]:
+    def run(job: Work, items: Sequence[WorkItem], digests: Digests) -> Iterator[Any]:
         if not items:  # there is no need to wait for a scheduler
             return
         from distributed import CancelledError, KilledWorker
@@ -207,7 +213,7 @@ def existing_cluster(
 
         def resuming() -> str:
             done = f"{finished} of {len(items)} chunks are done and kept"
-            return f"continue with: natgrad analyze {job.ledger.parent} ({done})"
+            return f"continue with: natgrad analyze {job.out} ({done})"
 
         try:
             with closing(client), worker_check(job) as check:
@@ -279,7 +285,7 @@ def _wait_for_port(host: str, port: int, seconds: float) -> None:
             time.sleep(_RETRY_SECONDS)
 
 
-def _chunks_in_flight(tasks: int, items: list[WorkItem]) -> int:
+def _chunks_in_flight(tasks: int, items: Sequence[WorkItem]) -> int:
     """Return the number of ledger chunks with this many tasks: at least two, so that workers are not idle."""
     return max(2, math.ceil(tasks / max((len(item.tiles) for item in items), default=1)))
 
@@ -341,7 +347,13 @@ class _Dispatch:
     """
 
     def __init__(
-        self, client: Any, job: Job, items: list[WorkItem], digests: Digests, check: WorkerCheck, seconds: float
+        self,
+        client: Any,
+        job: Work,
+        items: Sequence[WorkItem],
+        digests: Digests,
+        check: WorkerCheck,
+        seconds: float,
     ) -> None:
         from distributed import as_completed
 
@@ -362,7 +374,7 @@ class _Dispatch:
     def _fit(self) -> frozenset[str]:
         return self._workers - self._problems.keys()
 
-    def run(self) -> Iterator[Finished]:
+    def run(self) -> Iterator[Any]:
         """Compute all ledger chunks; yield each when it is finished."""
         if "dashboard" in self._client.scheduler_info(n_workers=-1)["services"]:
             _log.info("Dask dashboard: %s", self._client.dashboard_link)
@@ -420,9 +432,9 @@ class _Dispatch:
             return self._client.submit(self._function, *sent, *parts, key=key, **options)
 
         if len(item.tiles) == 1:
-            return submit(f"ledger-{name}", [], compute_chunk, job, item, self._digests()[start])
-        parts = [submit(f"tile-{name}-{tile.first}", [], tile_segments, job, tile) for tile in item.tiles]
-        return submit(f"ledger-{name}", parts, write_chunk, job, item.chunk, self._digests()[start])
+            return submit(f"{job.kind}-{name}", [], job.compute_item, item, self._digests()[start])
+        parts = [submit(f"tile-{name}-{index}", [], job.compute, tile) for index, tile in enumerate(item.tiles)]
+        return submit(f"{job.kind}-{name}", parts, job.finish, item.chunk, self._digests()[start])
 
     def _query(self) -> None:
         """Determine which workers are connected and pass the check, and which tasks have lost their workers."""

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from natgrad.compute.plan import PassPlan, PlanLimits, Tile, WorkItem, read_blocks
+from natgrad.compute.plan import PassPlan, PlanLimits, Tile, read_blocks
+from natgrad.compute.work import Work
 from natgrad.kernel import crc, gram, ledger_sums, stream
 from natgrad.schema.layout import LedgerChunk, storage_dtype
 from natgrad.schema.logs import logger
@@ -31,7 +32,7 @@ from natgrad.schema.names import (
 from natgrad.storage import Storage
 from natgrad.store import Ledger, Reads, Trajectory, add_to_checksums
 
-__all__ = ["Computed", "Finished", "Job", "Segments", "Tiled", "compute_chunk", "tile_segments", "write_chunk"]
+__all__ = ["Computed", "Finished", "Job", "Segments", "Tiled", "tile_segments", "write_chunk"]
 
 _log = logger(__name__)
 
@@ -51,7 +52,7 @@ class Tiled(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Job:
+class Job(Work):
     """Description of a pass for its tasks: two locations, the plan and its limits, but no arrays.
 
     It is sent with every task, so that a worker process needs only its own installation. In a storage with
@@ -79,6 +80,30 @@ class Job:
     limits: PlanLimits
     compiled: bool
     verified: str | None
+    kind = "ledger"
+
+    @property
+    def out(self) -> Storage:
+        """Folder OUT."""
+        return self.ledger.parent
+
+    @property
+    def writes(self) -> bool:
+        """True if workers write the ledger. The client writes it in a storage with versions."""
+        return not self.ledger.keeps_versions
+
+    @property
+    def threaded(self) -> bool:
+        """True for the compiled loop."""
+        return self.compiled
+
+    def compute(self, task: Tile) -> Tiled:
+        """Compute a tile."""
+        return tile_segments(self, task)
+
+    def finish(self, chunk: LedgerChunk, digest: str, parts: Sequence[Tiled]) -> Finished:
+        """Write a ledger chunk."""
+        return write_chunk(self, chunk, digest, parts)
 
     @property
     def run(self) -> str:
@@ -406,8 +431,3 @@ def write_chunk(job: Job, chunk: LedgerChunk, digest: str, tiles: Iterable[Tiled
     products, ratio, *replicate_products = _summed(len(ledger.layout.tensors), _joined(parts))
     ledger.write(chunk, products, ratio, digest, *replicate_products)
     return chunk
-
-
-def compute_chunk(job: Job, item: WorkItem, digest: str) -> Finished:
-    """Compute and write a ledger chunk in one task."""
-    return write_chunk(job, item.chunk, digest, [tile_segments(job, tile) for tile in item.tiles])

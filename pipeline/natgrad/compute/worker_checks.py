@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from natgrad.compute.tasks import Job
+from natgrad.compute.work import Work
 from natgrad.schema.layout import LAYOUT_VERSION
 from natgrad.schema.version import RESULTS_VERSION, __version__
 
@@ -77,9 +77,9 @@ class WorkerCheck:
 
 
 @contextmanager
-def worker_check(job: Job) -> Iterator[WorkerCheck]:
+def worker_check(job: Work) -> Iterator[WorkerCheck]:
     """Write a file to OUT by which workers recognize the storage. It is removed when the context ends."""
-    out = job.ledger.parent.unversioned()
+    out = job.out.unversioned()
     marker = out / f".check-{job.name}.tmp"
     marker.put(job.name.encode())
     try:
@@ -89,7 +89,7 @@ def worker_check(job: Job) -> Iterator[WorkerCheck]:
                 "versions": {"natgrad": __version__, "results": RESULTS_VERSION, "layout": LAYOUT_VERSION},
                 "marker": pickle.dumps(marker),
                 # The client writes the ledger of a storage with versions.
-                "writes": not job.ledger.keeps_versions,
+                "writes": job.writes,
             }
         )
     finally:

@@ -1,14 +1,18 @@
-"""Compute labelled results as xarray datasets, write them to ``results.zarr`` and read them.
+"""Compute labelled results as xarray datasets, and read them from ``results.zarr``.
 
-`label` converts a table of updates to a DataTree with the groups ``/model`` (tensors summed) and ``/tensor``. If
-decoupled weight decay is known, ``/without_decay`` has the same groups, for the updates without decay. Each
-variable of `natgrad.results.variables` declares how it is computed and where it is defined.
+`label` computes all results of a table in memory, as a DataTree with the groups ``/model`` (tensors summed) and
+``/tensor``. If decoupled weight decay is known, ``/without_decay`` has the same groups, for the updates without
+decay. Each variable of `natgrad.results.variables` declares how it is computed and where it is defined.
+
+`natgrad.results.building` computes and stores the results of a run of any length, block by block, with the
+functions of this module.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,17 +21,18 @@ from numpy.typing import NDArray
 
 from natgrad.results.inputs import UpdateTable
 from natgrad.results.pairs import Aggregation, model_and_tensors, without_decay
-from natgrad.results.stored import COMPUTE_AGAIN, exist, write_summary
+from natgrad.results.stored import COMPUTE_AGAIN, exist, publish, put
 from natgrad.results.variables import VARIABLES, Updates, UpdateVariable, registered_variables
 from natgrad.schema.errors import InputError
+from natgrad.schema.extensions import Extension
 from natgrad.schema.layout import LAYOUT_VERSION
 from natgrad.schema.names import ATTEMPT, DESCENT, DESCENTS, GAMMA, RUN, STEP, TENSOR, WINDOW
 from natgrad.schema.variables import DIMENSIONS, Status, Variable
 from natgrad.schema.version import RESULTS_VERSION, __version__
 from natgrad.storage import Storage
-from natgrad.store.checked import Damaged, record_files, recorded_files
+from natgrad.store.checked import Damaged, recorded_files
 from natgrad.store.checked_store import CheckedStore
-from natgrad.store.labelled import LabelledArray, LabelledGroup, write_groups
+from natgrad.store.labelled import LabelledArray, LabelledGroup, contents_of
 
 __all__ = [
     "GAMMAS",
@@ -48,17 +53,68 @@ GAMMAS = (0.01, 0.1, 1.0, 10.0, 100.0)
 WITHOUT_DECAY = "/without_decay"
 """Path of the results of updates without decoupled weight decay."""
 
-_WITHOUT_DECAY = (
+WITHOUT_DECAY_DESCRIPTION = (
     "Results of the updates without decoupled weight decay: the displacement is theta_{t+1} - theta_t "
     "+ eta lambda theta_t, where lambda is the variable weight_decay of /tensor. The estimates of the negative "
     "gradient are those of /model and /tensor."
 )
 
 
+@dataclass(frozen=True)
+class Request:
+    """What is computed from a table.
+
+    Attributes
+    ----------
+    gammas : tuple of float
+        Weights of the one-parameter family.
+    windows : tuple of int
+        Numbers of consecutive updates in a window, from 1.
+    tensor_family : bool
+        Whether tensors also have the variables with the dimension gamma.
+    """
+
+    gammas: tuple[float, ...]
+    windows: tuple[int, ...]
+    tensor_family: bool
+
+    @classmethod
+    def of(cls, table: UpdateTable, gammas: Sequence[float] | None, windows: Sequence[int]) -> Request:
+        """Check and complete the options of `label` (InputError)."""
+        updates = int(np.bincount(table.run).max()) if table.run is not None else len(table.steps)
+        every_window = sorted({1, *windows})
+        every_gamma = sorted({float(gamma) for gamma in (GAMMAS if gammas is None else gammas)})
+        if not every_gamma or not all(np.isfinite(gamma) and gamma > 0 for gamma in every_gamma):
+            raise InputError(
+                f"gammas must be positive and finite, got {every_gamma}",
+                where="--gamma",
+                remedy="use finite values above 0",
+            )
+        if every_window[0] < 1 or every_window[-1] > updates:
+            raise InputError(
+                f"windows must be from 1 to {updates} for a run with {updates} updates, got {every_window}",
+                where="--window",
+                remedy="use shorter windows, or log more steps first",
+            )
+        return cls(tuple(every_gamma), tuple(every_window), gammas is not None)
+
+    def chosen(
+        self, variables: Sequence[UpdateVariable], table: UpdateTable, aggregation: str
+    ) -> list[UpdateVariable]:
+        """Return the variables that a group has."""
+        return [
+            variable
+            for variable in variables
+            if aggregation in variable.aggregations
+            and table.has(variable.needs)
+            and (aggregation == "model" or self.tensor_family or GAMMA not in variable.dimensions)
+        ]
+
+
 def label(
     table: UpdateTable,
     *,
-    gammas: Sequence[float] = GAMMAS,
+    gammas: Sequence[float] | None = None,
     windows: Sequence[int] = (1,),
     provenance: Mapping[str, Any] | None = None,
     variables: Sequence[UpdateVariable] | None = None,
@@ -68,8 +124,9 @@ def label(
     Parameters
     ----------
     table : UpdateTable
-    gammas : sequence of float
-        Positive weights of the one-parameter family.
+    gammas : sequence of float, optional
+        Positive weights of the one-parameter family. If they are set, tensors also have the variables with the
+        dimension ``gamma``. Default: `GAMMAS`, for the model.
     windows : sequence of int
         Numbers m of consecutive logged updates in a window; 1 is always included. If a window extends past the end
         of the run or a restart, its values are NaN and its status is ``unverifiable``. The search for the smallest
@@ -90,47 +147,40 @@ def label(
     InputError
         If a gamma is not positive, or a window is not a positive number of updates of the run.
     """
-    updates = int(np.bincount(table.run).max()) if table.run is not None else len(table.steps)
-    windows = sorted({1, *windows})
-    gammas = sorted({float(gamma) for gamma in gammas})
-    if not gammas or not all(np.isfinite(gamma) and gamma > 0 for gamma in gammas):
-        raise InputError(
-            f"gammas must be positive and finite, got {gammas}",
-            where="--gamma",
-            remedy="use finite values above 0",
-        )
-    if windows[0] < 1 or windows[-1] > updates:
-        raise InputError(
-            f"windows must be from 1 to {updates} for a run with {updates} updates, got {windows}",
-            where="--window",
-            remedy="use shorter windows, or log more steps first",
-        )
+    request = Request.of(table, gammas, windows)
     extensions = registered_variables() if variables is None else []
-    chosen = [*VARIABLES.values(), *(variables or ()), *(extension.value for extension in extensions)]
+    every = [*VARIABLES.values(), *(variables or ()), *(extension.value for extension in extensions)]
     # A diverged run contains infinities. Results that depend on them are NaN, and the status gives the reason.
     with np.errstate(all="ignore"):
-        complete = {descent: model_and_tensors(table, descent) for descent in DESCENTS}
-        updates_by_path = {"": complete}
-        if table.weight_decay is not None:
-            updates_by_path[WITHOUT_DECAY] = {
-                descent: without_decay(table, descent, both) for descent, both in complete.items()
-            }
-        groups = {
-            f"{path}/{name}": _dataset(
-                table, {descent: both[index] for descent, both in aggregations.items()}, gammas, windows, chosen
-            )
-            for path, aggregations in updates_by_path.items()
-            for index, name in enumerate(("model", "tensor"))
+        found: dict[str, dict[str, Aggregation]] = {}
+        for descent, groups in aggregated(table):
+            for group, aggregation in groups.items():
+                found.setdefault(group, {})[descent] = aggregation
+        datasets = {
+            group: _dataset(table, aggregations, request, request.chosen(every, table, group.rpartition("/")[2]))
+            for group, aggregations in found.items()
         }
-    tree = xr.DataTree.from_dict(groups)
+    tree = xr.DataTree.from_dict(datasets)
     if table.weight_decay is not None:
-        tree[WITHOUT_DECAY].attrs = {"description": _WITHOUT_DECAY}
-    extended = {extension.distribution: extension.version for extension in extensions}
-    tree.attrs = {"Conventions": "CF-1.11", **(provenance or {})}
-    tree.attrs |= {"versions": {**versions(), **extended}, "results_version": RESULTS_VERSION}
-    tree.attrs |= {"layout_version": LAYOUT_VERSION, "evaluation": table.evaluation}
-    tree.attrs |= {"gradient_source": table.gradient_source}
+        tree[WITHOUT_DECAY].attrs = {"description": WITHOUT_DECAY_DESCRIPTION}
+    tree.attrs = root_attributes(table, provenance or {}, extensions)
     return tree
+
+
+def root_attributes(
+    table: UpdateTable, provenance: Mapping[str, Any], extensions: Sequence[Extension[UpdateVariable]]
+) -> dict[str, Any]:
+    """Return the attributes of the root group."""
+    extended = {extension.distribution: extension.version for extension in extensions}
+    return {
+        "Conventions": "CF-1.11",
+        **provenance,
+        "versions": {**versions(), **extended},
+        "results_version": RESULTS_VERSION,
+        "layout_version": LAYOUT_VERSION,
+        "evaluation": table.evaluation,
+        "gradient_source": table.gradient_source,
+    }
 
 
 def versions() -> dict[str, str]:
@@ -143,103 +193,166 @@ def versions() -> dict[str, str]:
 # Variables ---------------------------------------------------------------------------------------------------
 
 
+def aggregated(table: UpdateTable) -> Iterator[tuple[str, dict[str, Aggregation]]]:
+    """Yield each estimate of the gradient, with its pairs by the path of the group."""
+    for descent in DESCENTS:
+        both = model_and_tensors(table, descent)
+        groups = dict(zip(("/model", "/tensor"), both, strict=True))
+        if table.weight_decay is not None:
+            rest = without_decay(table, descent, both)
+            groups |= dict(zip((f"{WITHOUT_DECAY}/model", f"{WITHOUT_DECAY}/tensor"), rest, strict=True))
+        yield descent, groups
+
+
 def _dataset(
     table: UpdateTable,
     aggregations: Mapping[str, Aggregation],
-    gammas: Sequence[float],
-    windows: Sequence[int],
+    request: Request,
     variables: Sequence[UpdateVariable],
 ) -> xr.Dataset:
     """Compute and label the variables of one group, from its pairs for each estimate of the gradient."""
     leading = next(iter(aggregations.values())).dimensions
-    name = "tensor" if TENSOR in leading else "model"
-    chosen = [variable for variable in variables if name in variable.aggregations and table.has(variable.needs)]
-    coordinates: dict[str, Any] = {
-        STEP: table.steps,
-        DESCENT: np.array(list(aggregations), dtype=object),
-        WINDOW: np.array(windows, dtype=np.int64),
-        GAMMA: np.array(gammas),
+    parts: dict[str, list[Column]] = {}
+    of_gradient: dict[int, Updates] = {}
+    for descent, aggregation in aggregations.items():
+        for name, column in columns(variables, table, aggregation, descent, request, of_gradient).items():
+            parts.setdefault(name, []).append(column)
+    stacked = {
+        name: (of_each[0].dimensions, np.stack([column.values for column in of_each], of_each[0].descent_axis))
+        if DESCENT in of_each[0].dimensions
+        else (of_each[0].dimensions, of_each[0].values)
+        for name, of_each in parts.items()
     }
-    if TENSOR in leading:
-        coordinates[TENSOR] = np.array(table.layout.names, dtype=object)
-    attempts = np.zeros(len(table.steps), np.int64) if table.attempts is None else table.attempts
-    coordinates[ATTEMPT] = (STEP, attempts)
-    columns, comments = _update_variables(
-        [variable for variable in chosen if STEP in variable.dimensions], table, aggregations, gammas, windows
-    )
-    dataset = xr.Dataset(columns, coordinates)
+    dataset = xr.Dataset(stacked, coordinates(table, request, leading))
     if table.runs:
-        dataset = split_by_run(dataset, table, chosen)
-    dataset = dataset.assign(
-        _run_variables(
-            [variable for variable in chosen if STEP not in variable.dimensions], table, aggregations, max(windows)
-        )
-    )
-    dataset = with_attributes(dataset, chosen)
-    for variable, comment in comments.items():
-        dataset[variable].attrs["comment"] = comment
+        dataset = split_by_run(dataset, table, variables)
+    per_run = run_values(variables, table, aggregations, max(request.windows))
+    dataset = with_attributes(dataset.assign(per_run), variables)
+    for name, of_each in parts.items():
+        if of_each[0].comment:
+            dataset[name].attrs["comment"] = of_each[0].comment
     return dataset
 
 
-def _update_variables(
+def coordinates(table: UpdateTable, request: Request, leading: Sequence[str]) -> dict[str, Any]:
+    """Return the coordinates of a group with some leading dimensions, by step."""
+    found: dict[str, Any] = {
+        STEP: table.steps,
+        DESCENT: np.array(DESCENTS, dtype=object),
+        WINDOW: np.array(request.windows, dtype=np.int64),
+        GAMMA: np.array(request.gammas),
+    }
+    if TENSOR in leading:
+        found[TENSOR] = np.array(table.layout.names, dtype=object)
+    attempts = np.zeros(len(table.steps), np.int64) if table.attempts is None else table.attempts
+    found[ATTEMPT] = (STEP, attempts)
+    return found
+
+
+@dataclass(frozen=True)
+class Column:
+    """The values of a variable for one estimate of the gradient.
+
+    Attributes
+    ----------
+    dimensions : tuple of str
+        Dimensions of the variable.
+    values : array
+        Without the dimension ``descent``.
+    comment : str
+    """
+
+    dimensions: tuple[str, ...]
+    values: NDArray[Any]
+    comment: str
+
+    @property
+    def descent_axis(self) -> int:
+        """Position of the dimension ``descent``."""
+        return self.dimensions.index(DESCENT)
+
+
+def columns(
     variables: Sequence[UpdateVariable],
     table: UpdateTable,
-    aggregations: Mapping[str, Aggregation],
-    gammas: Sequence[float],
-    windows: Sequence[int],
-) -> tuple[dict[str, xr.Variable], dict[str, str]]:
-    """Compute variables with steps, and their comments, for all estimates of the gradient and all windows."""
-    columns: dict[str, xr.Variable] = {}
-    comments: dict[str, str] = {}
-    for at_window, m in enumerate(windows):
+    aggregation: Aggregation,
+    descent: str,
+    request: Request,
+    of_gradient: dict[int, Updates],
+) -> dict[str, Column]:
+    """Compute the variables with steps for one estimate of the gradient and all windows.
+
+    Parameters
+    ----------
+    variables, table, aggregation, descent, request
+        A variable without the dimension ``descent`` is computed for the first estimate only.
+    of_gradient : dict of int to Updates
+        For each window, the updates with the gradient itself as the estimate, which the first call adds.
+    """
+    first = descent == DESCENTS[0]
+    wanted = [each for each in variables if STEP in each.dimensions and (first or DESCENT in each.dimensions)]
+    found: dict[str, Column] = {}
+    for at_window, m in enumerate(request.windows):
         complete = table.complete(m)
-        of_gradient = None
-        for at_descent, (descent, aggregation) in enumerate(aggregations.items()):
-            updates = Updates(table, aggregation, descent, m, gammas=gammas, of_gradient=of_gradient)
-            of_gradient = updates.of_gradient
-            for variable in variables:
-                if (at_window and WINDOW not in variable.dimensions) or (
-                    at_descent and DESCENT not in variable.dimensions
-                ):
-                    continue
-                values = variable.values(updates)
-                if variable.name not in columns:
-                    columns[variable.name] = _empty(variable, values, updates, len(aggregations), len(windows))
-                    comment = variable.comment(updates) if variable.comment is not None else ""
-                    comments |= {variable.name: comment} if comment else {}
-                column = columns[variable.name]
-                at = {DESCENT: at_descent, WINDOW: at_window}
-                cell = column.values[tuple(at.get(str(axis), slice(None)) for axis in column.dims)]
-                cell[: len(values)] = values
-                if m > 1:
-                    cell[~complete] = variable.fill
-    return columns, comments
+        updates = Updates(table, aggregation, descent, m, gammas=request.gammas, of_gradient=of_gradient.get(m))
+        of_gradient.setdefault(m, updates)
+        for variable in wanted:
+            if at_window and WINDOW not in variable.dimensions:
+                continue
+            values = variable.values(updates)
+            if variable.name not in found:
+                found[variable.name] = _empty(variable, values, updates, len(request.windows))
+            column = found[variable.name]
+            axes = [axis for axis in column.dimensions if axis != DESCENT]
+            cell = column.values[tuple(at_window if axis == WINDOW else slice(None) for axis in axes)]
+            cell[: len(values)] = values
+            if m > 1:
+                cell[~complete] = variable.fill
+    return found
 
 
-def _empty(
-    variable: UpdateVariable, values: NDArray[Any], updates: Updates, descents: int, windows: int
-) -> xr.Variable:
-    """Return an empty array for all estimates and windows, with the dtype and shape of the first result."""
+def _empty(variable: UpdateVariable, values: NDArray[Any], updates: Updates, windows: int) -> Column:
+    """Return an empty array for all windows, with the dtype and shape of the first result."""
     axes = [axis for axis in variable.dimensions if axis not in (DESCENT, WINDOW)]
     if values.ndim < len(axes):
         axes.remove(TENSOR)
-    sizes = {**dict(zip(axes, values.shape, strict=True)), DESCENT: descents, WINDOW: windows}
+    sizes = {**dict(zip(axes, values.shape, strict=True)), WINDOW: windows}
     sizes[STEP] = len(updates.table.steps)
-    dimensions = [axis for axis in variable.dimensions if axis in (*axes, DESCENT, WINDOW)]
-    return xr.Variable(dimensions, np.empty([sizes[axis] for axis in dimensions], values.dtype))
+    dimensions = tuple(axis for axis in variable.dimensions if axis in (*axes, DESCENT, WINDOW))
+    shape = [sizes[axis] for axis in dimensions if axis != DESCENT]
+    comment = variable.comment(updates) if variable.comment is not None else ""
+    return Column(dimensions, np.empty(shape, values.dtype), comment)
 
 
-def _run_variables(
+def run_values(
     variables: Sequence[UpdateVariable],
     table: UpdateTable,
     aggregations: Mapping[str, Aggregation],
     longest: int,
+    effective: Mapping[str, Sequence[NDArray[np.bool_]]] | None = None,
 ) -> dict[str, xr.Variable]:
-    """Compute variables without steps, which have one value per run."""
+    """Compute variables without steps, which have one value per run.
+
+    Parameters
+    ----------
+    variables, table, aggregations, longest
+        See `Updates`.
+    effective : mapping of str to sequence of bool array, optional
+        For each estimate of the gradient and run, the lengths of windows that are effective, see
+        `natgrad.theory.windows.effective_lengths`. Default: computed from the pairs.
+    """
+    variables = [variable for variable in variables if STEP not in variable.dimensions]
     found: dict[str, list[NDArray[Any]]] = {variable.name: [] for variable in variables}
-    for run in table.run_slices():
+    for position, run in enumerate(table.run_slices()):
         each = [
-            Updates(table, aggregation, descent, longest=longest, run=run)
+            Updates(
+                table,
+                aggregation,
+                descent,
+                longest=longest,
+                run=run,
+                effective_lengths=None if effective is None else effective[descent][position],
+            )
             for descent, aggregation in aggregations.items()
         ]
         for variable in variables:
@@ -247,15 +360,15 @@ def _run_variables(
             values = [variable.values(updates) for updates in compared]
             found[variable.name].append(np.stack(values, axis=-1) if DESCENT in variable.dimensions else values[0])
     leading = next(iter(aggregations.values())).dimensions
-    columns = {}
+    labelled = {}
     for variable in variables:
         dimensions = tuple(axis for axis in variable.dimensions if axis in (*leading, DESCENT))
         values = found[variable.name]
         if table.runs:
-            columns[variable.name] = xr.Variable((RUN, *dimensions), np.stack(values))
+            labelled[variable.name] = xr.Variable((RUN, *dimensions), np.stack(values))
         else:
-            columns[variable.name] = xr.Variable(dimensions, values[0])
-    return columns
+            labelled[variable.name] = xr.Variable(dimensions, values[0])
+    return labelled
 
 
 def split_by_run(dataset: xr.Dataset, table: UpdateTable, variables: Sequence[Variable]) -> xr.Dataset:
@@ -340,15 +453,19 @@ def write(tree: xr.DataTree, storage: Storage, summary: Mapping[str, Any]) -> No
     summary : mapping
         See `natgrad.results.summary.overview`.
     """
-    groups = {group.path.strip("/"): _stored(group) for group in tree.subtree}
-    with storage.replace_tree("zarr.json") as folder:
-        write_groups(folder, groups)
-        write_summary(folder, summary)
-        record_files(folder, {"options": tree.attrs.get("options", {})})
+    staging = storage.staging
+    staging.delete_entries(staging.walk() if staging.exists() else [])
+    files = put(staging, contents_of(labelled_groups(tree)))
+    publish(storage, files, summary, {"options": tree.attrs.get("options", {})})
 
 
-def _stored(group: xr.DataTree) -> LabelledGroup:
-    dataset = group.to_dataset(inherit=False)
+def labelled_groups(tree: xr.DataTree) -> dict[str, LabelledGroup]:
+    """Return the groups of a tree, by path."""
+    return {group.path.strip("/"): labelled_group(group.to_dataset(inherit=False)) for group in tree.subtree}
+
+
+def labelled_group(dataset: xr.Dataset) -> LabelledGroup:
+    """Return the arrays of a dataset."""
     arrays, coordinates = (
         {
             str(name): LabelledArray(tuple(map(str, variable.dims)), variable.values, variable.attrs)
@@ -356,7 +473,13 @@ def _stored(group: xr.DataTree) -> LabelledGroup:
         }
         for variables in (dataset.data_vars, dataset.coords)
     )
-    return LabelledGroup(arrays, coordinates, {str(name): value for name, value in group.attrs.items()})
+    return LabelledGroup(arrays, coordinates, {str(name): value for name, value in dataset.attrs.items()})
+
+
+def opened(storage: Storage) -> xr.DataTree:
+    """Open results that are being prepared, without checksums."""
+    store: Any = storage.zarr_store()  # xarray does not type stores
+    return xr.open_datatree(store, engine="zarr")
 
 
 def read(storage: Storage) -> xr.DataTree:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -90,6 +91,10 @@ class UpdateTable:
         What the loss and the gradient of a step are evaluated on; see `natgrad.schema.names.EVALUATIONS`.
     gradient_logged : bool array, shape (updates, 2), optional
         False if the state before, or after, the update has no gradient. Default: all have one.
+    with_time : bool array, shape (updates,), optional
+        See `extended`. Default: determined by ``loss_time_derivative``.
+    loss_precision : (float, float), optional
+        See `natgrad.results.objective.loss_precision`. Default: determined by ``loss``.
 
     Notes
     -----
@@ -115,6 +120,27 @@ class UpdateTable:
     weight_decay: Array | None = None
     evaluation: str = "unknown"
     gradient_logged: NDArray[np.bool_] | None = None
+    with_time: NDArray[np.bool_] | None = None
+    loss_precision: tuple[float, float] | None = None
+
+    def part(self, updates: slice, gram: Array | None = None) -> UpdateTable:
+        """Return the table of some updates. What depends on the complete run must have been set.
+
+        Parameters
+        ----------
+        updates : slice
+        gram : array, optional
+            Gram ledger of these updates, if the table of the run has none.
+        """
+        columns = {field.name: getattr(self, field.name) for field in fields(self)}
+        parts: dict[str, Any] = {
+            name: column[updates] for name, column in columns.items() if isinstance(column, np.ndarray)
+        }
+        if self.optimizer is not None:
+            parts["optimizer"] = Optimizer(*(column[updates] for column in vars(self.optimizer).values()))
+        if gram is not None:
+            parts["gram"] = gram
+        return replace(self, **parts)
 
     def has(self, names: Iterable[str]) -> bool:
         """Return True if the table has all of the named vectors and columns."""
@@ -145,6 +171,8 @@ class UpdateTable:
 
     def extended(self) -> NDArray[np.bool_]:
         """Return True for each update in a run that logs dL/dt; its model is extended by time."""
+        if self.with_time is not None:
+            return self.with_time
         if self.loss_time_derivative is None:
             return np.zeros(len(self.steps), bool)
         runs = np.zeros(len(self.steps), np.int64) if self.run is None else self.run
@@ -160,7 +188,7 @@ class UpdateTable:
 
 def replicate_products(
     ledger: Ledger, updates: NDArray[np.int64]
-) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float64]]]:
+) -> Iterator[tuple[NDArray[np.int64], Array, Array]]:
     """Yield the inner products of the replicates of some updates, one ledger chunk at a time.
 
     Parameters
@@ -171,14 +199,18 @@ def replicate_products(
 
     Yields
     ------
-    positions, products
-        Positions in ``updates`` of the updates in the ledger chunk, and their products.
+    positions, products, parameter_norm
+        Positions in ``updates`` of the updates in the ledger chunk, their products, and the norms of the parameters
+        of each tensor.
     """
+    parameter = ledger.vectors.index("parameter")
     for start in range(0, ledger.n_updates, ledger.updates_per_chunk):
         stop = min(start + ledger.updates_per_chunk, ledger.n_updates)
         positions = np.flatnonzero((updates >= start) & (updates < stop))
         if len(positions):
-            yield positions, ledger.read_chunk("replicate_gram", start, stop)[updates[positions] - start]
+            within = updates[positions] - start
+            squares = ledger.read_chunk("gram", start, stop)[within, :, parameter, parameter]
+            yield positions, ledger.read_chunk("replicate_gram", start, stop)[within], np.sqrt(squares)
 
 
 def update_table(
@@ -189,6 +221,7 @@ def update_table(
     weight_decay: Mapping[str, float] | None = None,
     evaluation: str = "unknown",
     attempt: int | None = None,
+    with_gram: bool = True,
 ) -> tuple[NDArray[np.int64], UpdateTable]:
     """Select the current updates of each run, in the order of their steps.
 
@@ -205,6 +238,8 @@ def update_table(
         What the loss and the gradient of a step are evaluated on, as far as the user declared it.
     attempt : int, optional
         Select the run as it was at this attempt. Default: the newest attempt.
+    with_gram : bool
+        Read the Gram ledger. Without it, the table has its column ``gram`` with 0 tensors, see `UpdateTable.part`.
 
     Returns
     -------
@@ -218,7 +253,6 @@ def update_table(
         If there is no such attempt, no two selected states follow each other, or a pattern of ``weight_decay``
         matches no tensor.
     """
-    gram, _ = ledger.read()
     steps, spans = ledger.steps()
     attempts = states.scalar(ATTEMPT)
     if attempt is not None and not 0 <= attempt <= attempts.max():
@@ -246,7 +280,7 @@ def update_table(
     logged[[state for state, names in states.lacking().items() if "gradient" in names]] = False
     rates, of_tensors = _learning_rates(states, updates, learning_rate)
     return updates, UpdateTable(
-        gram=gram if len(updates) == len(gram) else gram[updates],
+        gram=ledger.read_updates(updates) if with_gram else np.empty((len(updates), 0, 0, 0)),
         vectors=ledger.vectors,
         layout=ledger.layout,
         steps=steps[updates],
@@ -279,7 +313,10 @@ def _weight_decay(
 
     The optimizer's own coefficient comes first, then the logged one, then the option.
     """
-    decay, logged = (states.scalar(name)[updates] for name in (TENSOR_WEIGHT_DECAY, WEIGHT_DECAY))
+    logged = states.scalar(WEIGHT_DECAY)[updates]
+    if option is None and TENSOR_WEIGHT_DECAY not in states.numbers and not (logged > 0).any():
+        return None  # without arrays of NaN for each tensor
+    decay = states.scalar(TENSOR_WEIGHT_DECAY)[updates]
     decay = np.where(np.isnan(decay), logged[:, None], decay)
     if option is None:
         return decay if (decay > 0).any() else None
@@ -324,7 +361,10 @@ def _learning_rates(
     If only the groups have rates, the rate of the model is the largest rate, provided that all are known. This does
     not apply to a loss that changes with time, because the learning rate is then also the unit of time.
     """
-    rate, own = states.scalar("learning_rate")[updates], states.scalar("tensor_learning_rate")[updates]
+    rate = states.scalar("learning_rate")[updates]
+    if "tensor_learning_rate" not in states.numbers:
+        return rate if default is None else np.where(np.isnan(rate), default, rate), None
+    own = states.scalar("tensor_learning_rate")[updates]
     missing = np.isnan(own)
     differ = np.where(missing, np.inf, own).min(axis=1) < np.where(missing, -np.inf, own).max(axis=1)
     if np.isnan(states.scalar("loss_time_derivative")).all():

@@ -23,7 +23,7 @@ from natgrad.schema.objective import LEAST_UPDATES, consistency
 from natgrad.schema.variables import Status
 from natgrad.theory.discrete_time import trapezoid_residual
 
-__all__ = ["COMPARING_DESCENTS", "Objective", "objective_residual"]
+__all__ = ["COMPARING_DESCENTS", "Objective", "loss_precision", "objective_residual"]
 
 Array = NDArray[np.float64]
 
@@ -64,7 +64,8 @@ def objective_residual(table: UpdateTable) -> Array:
         slope = norm("gradient") + norm("gradient_change") / 2.0
         floor = of_parameter * (2.0 * norm("parameter") + norm("displacement"))
         error = (slope * (floor + of_gradient * norm("displacement"))).sum(axis=1)
-        error += _loss_error(table.loss, table.loss) + _loss_error(table.next_loss, table.loss)
+        precision = loss_precision(table.loss) if table.loss_precision is None else table.loss_precision
+        error += _loss_error(table.loss, precision) + _loss_error(table.next_loss, precision)
         first = product("gradient", "displacement").sum(axis=1)
         second = product("gradient_change", "displacement").sum(axis=1) / 2.0
         change = table.next_loss - table.loss
@@ -73,19 +74,25 @@ def objective_residual(table: UpdateTable) -> Array:
     return np.where(significant, residual, np.nan)
 
 
-def _loss_error(loss: Array, losses: Array) -> Array:
-    """Return the largest error of losses, from the precision in which all losses of a run are written."""
+def _loss_error(loss: Array, precision: tuple[float, float]) -> Array:
+    """Return the largest error of losses that are written in a precision."""
+    relative, absolute = precision
+    return np.asarray(np.maximum(relative * np.abs(loss), absolute))
+
+
+def loss_precision(losses: Array) -> tuple[float, float]:
+    """Return the relative and the absolute precision in which all losses of a run are written; NaN if unknown."""
     known = losses[np.isfinite(losses)]
     if not len(known):
-        return np.full(loss.shape, np.nan)
+        return np.nan, np.nan
     mantissa, _ = np.frexp(known)
     bits = next((count for count in (8, 11, 24) if not (np.ldexp(mantissa, count) % 1).any()), 53)
     # Losses in a text have few decimals.
     for decimals in range(8):
         scaled = known * 10.0**decimals
         if (np.abs(scaled - np.rint(scaled)) <= 4.0 * 2.0**-53 * np.abs(scaled)).all():
-            return np.maximum(2.0**-bits * np.abs(loss), 0.5 * 10.0**-decimals)
-    return np.asarray(2.0**-bits * np.abs(loss))
+            return 2.0**-bits, 0.5 * 10.0**-decimals
+    return 2.0**-bits, 0.0
 
 
 @dataclass(frozen=True)

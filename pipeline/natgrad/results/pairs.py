@@ -20,6 +20,7 @@ from natgrad.schema.layout import Layout, underflow_error, unit_roundoff
 from natgrad.schema.names import HVP, STEP, TENSOR
 from natgrad.theory import discrete_time, geometry
 from natgrad.theory.geometry import Pair
+from natgrad.theory.windows import WindowTerms
 
 __all__ = ["Aggregation", "model_and_tensors", "without_decay"]
 
@@ -88,6 +89,23 @@ class Aggregation:
     gradient_norm: Array | None
     parameter_norm: Array
     displacement_norm: Array
+
+    @classmethod
+    def without_updates(cls, dimensions: tuple[str, ...], tensors: int) -> Aggregation:
+        """Return the pairs of no update."""
+        none = np.empty((0, tensors) if TENSOR in dimensions else 0)
+        size, flag = none.astype(np.int64), none.astype(bool)
+        return cls(dimensions, none, Pair(none, none, none, size), flag, flag, none, none, none, none, none)
+
+    def window_terms(self, updates: slice) -> WindowTerms:
+        """Return the terms of some updates that determine the status of windows."""
+        return WindowTerms(
+            self.pair[updates],
+            self.rate[updates],
+            self.update_floor[updates],
+            self.finite[updates],
+            self.known[updates],
+        )
 
 
 def model_and_tensors(table: UpdateTable, descent: str) -> tuple[Aggregation, Aggregation]:

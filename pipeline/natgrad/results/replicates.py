@@ -171,7 +171,7 @@ def label(
 
 def label_run(
     table: UpdateTable,
-    chunks: Iterable[tuple[NDArray[np.int64], Array]],
+    chunks: Iterable[tuple[NDArray[np.int64], Array, Array]],
     replicates: int,
     replicate_loss: Array,
 ) -> xr.DataTree:
@@ -180,9 +180,10 @@ def label_run(
     Parameters
     ----------
     table : UpdateTable
-        Table of the run.
-    chunks : iterable of (positions, gram)
-        Positions of updates in the table, and the ledger of their replicates. Together they cover each update once.
+        Table of the run. Its Gram ledger is not needed.
+    chunks : iterable of (positions, gram, parameter_norm)
+        Positions of updates in the table, the ledger of their replicates, and the norms of the parameters of each
+        tensor. Together they cover each update once.
     replicates : int
         R.
     replicate_loss : array, shape (updates, R)
@@ -198,15 +199,13 @@ def label_run(
     """
     own = table.learning_rate[:, None] if table.tensor_learning_rate is None else table.tensor_learning_rate
     rate, own = (np.where(rates > 0, rates, np.nan) for rates in (table.learning_rate, own))
-    parameter = table.vectors.index("parameter")
-    norm = np.sqrt(table.gram[..., parameter, parameter])
     stored = table.dtypes[of_replicate(REPLICATE_PARAMETER, 0)]
     roundoff = np.array([max(map(unit_roundoff, (tensor.dtype, stored))) for tensor in table.layout.tensors])
     groups: dict[str, Columns] = {}
-    for positions, gram in chunks:
+    for positions, gram, norm in chunks:
         _require_ledger(gram, table.layout, replicates)
         rates = rate[positions], own[positions]
-        for name, columns in _groups(gram, table.layout, replicates, rates, norm[positions], roundoff).items():
+        for name, columns in _groups(gram, table.layout, replicates, rates, norm, roundoff).items():
             for variable, (dimensions, values) in columns.items():
                 _, complete = groups.setdefault(name, {}).setdefault(
                     variable, (dimensions, np.empty((len(rate), *values.shape[1:]), values.dtype))

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from natgrad.storage import LocalStorage, Storage
-from natgrad.store.checked import read_record, require_results_version
+from crc32c import crc32c
+
+from natgrad.storage import Storage
+from natgrad.store.checked import read_record, record_files, require_results_version
 from natgrad.store.journal import Journal
 
-__all__ = ["COMPUTE_AGAIN", "exist", "read_summary", "write_summary"]
+__all__ = ["COMPUTE_AGAIN", "exist", "publish", "put", "read_summary"]
 
 COMPUTE_AGAIN = "run natgrad analyze OUT with the options of the analysis: it computes the results again"
 """Remedy for damaged results."""
@@ -28,9 +29,34 @@ def exist(storage: Storage) -> bool:
     return storage.exists() if storage.local_path is not None else (storage / "zarr.json").exists()
 
 
-def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
-    """Write the summary of new results, see `natgrad.results.summary.overview`. It contains its own checksum."""
-    Journal(LocalStorage(folder)).write(_SUMMARY, summary)
+def put(staging: Storage, contents: Mapping[str, bytes]) -> dict[str, int]:
+    """Write files of new results to the staging location, and return their checksums."""
+    staging.put_entries(contents)
+    return {name: crc32c(content) for name, content in contents.items()}
+
+
+def publish(
+    storage: Storage, files: Mapping[str, int], summary: Mapping[str, Any], described: Mapping[str, Any]
+) -> None:
+    """Replace the results with those in the staging location of their storage.
+
+    The replacement is atomic: a reader finds either the old results or the new results.
+
+    Parameters
+    ----------
+    storage : Storage
+        The caller must hold its lock.
+    files : mapping of str to int
+        All files in the staging location, and their checksums.
+    summary : mapping
+        See `natgrad.results.summary.overview`. It is stored in ``summary.json``, with its own checksum.
+    described : mapping
+        Additional entries of the record of all checksums.
+    """
+    staging, name = storage.staging, f"{_SUMMARY}.json"
+    Journal(staging).write(_SUMMARY, summary)
+    record_files(staging, {**files, name: crc32c((staging / name).get())}, described)
+    storage.replace_with(staging, "zarr.json")
 
 
 def read_summary(storage: Storage) -> dict[str, Any]:

@@ -29,6 +29,7 @@ __all__ = [
     "Defined",
     "UpdateVariable",
     "Updates",
+    "longest_tried",
 ]
 
 Array = NDArray[np.float64]
@@ -38,6 +39,18 @@ LONGEST_WINDOW = 256
 
 MODEL_AND_TENSORS = ("model", "tensor")
 _AXES = (STEP, TENSOR, DESCENT, WINDOW, GAMMA)
+
+
+def longest_tried(updates: int, longest: int) -> int:
+    """Return the longest window in the search for the smallest one, for the updates of a run.
+
+    Parameters
+    ----------
+    updates : int
+    longest : int
+        Longest requested window.
+    """
+    return min(max(longest, min(LONGEST_WINDOW, updates // 2)), updates)
 
 
 # Inputs of variables ------------------------------------------------------------------------------------------
@@ -66,10 +79,10 @@ class Updates:
         Weights of the one-parameter family.
     longest : int
         Longest requested window.
-    of_gradient : Updates
-        The same windows, with the gradient itself as the estimate.
     run : slice
         For a variable without the dimension ``step``: the updates of the run for which it is computed.
+    effective_lengths : bool array, optional
+        For such a variable: the lengths of windows that are effective, if they are known already.
     """
 
     def __init__(
@@ -83,11 +96,19 @@ class Updates:
         longest: int = 1,
         of_gradient: Updates | None = None,
         run: slice = slice(None),
+        effective_lengths: NDArray[np.bool_] | None = None,
     ) -> None:
         self.table, self.aggregation, self.descent, self.m = table, aggregation, descent, m
         self.aggregation_name = "tensor" if TENSOR in aggregation.dimensions else "model"
         self.gammas, self.longest, self.run = np.asarray(gammas, np.float64), longest, run
-        self.of_gradient: Updates = self if of_gradient is None else of_gradient
+        self._of_gradient = of_gradient
+        self._effective_lengths = effective_lengths
+
+    @property
+    def of_gradient(self) -> Updates:
+        """The same windows, with the gradient itself as the estimate."""
+        # An attribute would be a reference to itself, and keep the arrays until Python searches for cycles.
+        return self if self._of_gradient is None else self._of_gradient
 
     @cached_property
     def pair(self) -> Pair:
@@ -181,7 +202,7 @@ class Updates:
 
     @property
     def _longest_tried(self) -> int:
-        return max(self.longest, min(LONGEST_WINDOW, len(self.table.steps[self.run]) // 2))
+        return longest_tried(len(self.table.steps[self.run]), self.longest)
 
     @property
     def _follows(self) -> NDArray[np.bool_]:
@@ -190,11 +211,13 @@ class Updates:
     @cached_property
     def smallest_effective_window(self) -> tuple[Array, NDArray[np.int64]]:
         """Smallest length for which all windows are effective, and the number of these windows."""
-        own, run = self.aggregation, self.run
-        terms = windows.WindowTerms(
-            own.pair[run], own.rate[run], own.update_floor[run], own.finite[run], own.known[run]
-        )
-        return windows.smallest_effective(terms, self._follows, self._longest_tried)
+        effective = self._effective_lengths
+        if effective is None:
+            terms = self.aggregation.window_terms(self.run)
+            updates = len(terms.learning_rate)
+            longest = min(self._longest_tried, updates)
+            effective = windows.effective_lengths(terms, self._follows, updates, longest)
+        return windows.smallest_length(effective, self._follows)
 
     @cached_property
     def smallest_decreasing_window(self) -> tuple[float, int]:

@@ -425,6 +425,42 @@ class Storage(ABC):
             yield staged
             self._put_tree(staged, document, placeholder)
 
+    @property
+    def staging(self) -> Storage:
+        """Location of the tree that will replace this one, see `replace_with`. It outlives a killed process."""
+        plain = self.unversioned()
+        return plain.parent / f".{plain.name}.new"
+
+    def adopt(self, source: Storage, names: Iterable[str]) -> None:
+        """Take over entries of another location, which also keeps them. They are durable on return."""
+        for batch in _batches(list(names)):
+            found = zip(batch, source.get_entries(batch), strict=True)
+            self.put_entries({name: content for name, content in found if content is not None})
+
+    def replace_with(self, staged: Storage, document: str) -> None:
+        """Replace everything below this location with the tree in `staging`, and remove the latter.
+
+        Readers find the old tree or the new tree, as with `replace_tree`.
+
+        Parameters
+        ----------
+        staged : Storage
+            All its entries are durable.
+        document : str
+            Name of the file that makes the tree valid.
+        """
+        names = staged.walk()
+        if not (self.keeps_versions and self._equals(staged, names)):  # an identical tree does not create a version
+            self._clear_tree(document, None)
+            self.adopt(staged, [name for name in names if name != document])
+            self.adopt(staged, [document])
+        staged.delete_entries(names)
+
+    def _equals(self, other: Storage, names: builtins.list[str]) -> bool:
+        return sorted(names) == sorted(self.walk()) and all(
+            self.get_entries(batch) == other.get_entries(batch) for batch in _batches(names)
+        )
+
     def _put_tree(self, folder: Path, document: str, placeholder: bytes | None) -> None:
         self._clear_tree(document, placeholder)
         files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / document]
@@ -545,6 +581,12 @@ class Storage(ABC):
     def user_error(self, error: Exception, where: str) -> InputError | None:
         """Return the error for users; None if the error does not come from this storage."""
         return None
+
+
+def _batches(names: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Divide names, so that few entries are in memory at a time."""
+    for start in range(0, len(names), 16):
+        yield names[start : start + 16]
 
 
 def no_versions(where: str) -> InputError:

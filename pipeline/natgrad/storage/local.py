@@ -376,6 +376,11 @@ class LocalStorage(Storage):
                 if named.is_relative_to(staged):
                     error.filename = str(path / named.relative_to(staged))
             raise
+        self._install(staged)
+
+    def _install(self, staged: Path) -> None:
+        """Give a folder that is on disk the name of this one, and remove the old folder."""
+        path, old = self._path, self._path.with_name(f".{self._path.name}.old")
         if not path.exists():
             staged.rename(path)
         elif not _exchange(staged, path):
@@ -384,6 +389,33 @@ class LocalStorage(Storage):
             old.rename(staged)
         _flush(path.parent)
         shutil.rmtree(staged, ignore_errors=True)
+
+    def adopt(self, source: Storage, names: Iterable[str]) -> None:
+        """Take over files as hard links, or as copies if there are no links or the source is elsewhere."""
+        if source.local_path is None:
+            super().adopt(source, names)
+            return
+        copied, folders = [], {self._path: None}
+        for name in names:
+            path, other = self._path / name, source.local_path / name
+            folders |= dict.fromkeys(self._folders(path))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)
+            try:
+                os.link(other, path)
+            except OSError as error:
+                if error.errno not in _NO_LINKS:
+                    raise
+                shutil.copyfile(other, path)
+                copied.append(path)
+        _flush_all((*copied, *folders))
+
+    def replace_with(self, staged: Storage, document: str) -> None:
+        """Exchange the folders, see `replace_tree`."""
+        shutil.rmtree(self._path.with_name(f".{self._path.name}.old"), ignore_errors=True)
+        if staged.local_path is None:
+            raise ValueError(f"the new tree of {self} must be a folder, got {staged}")
+        self._install(staged.local_path)
 
     def remove_tree(self, document: str, placeholder: bytes) -> None:
         """Remove a folder. It is renamed first, so that no incomplete folder keeps the name."""

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from crc32c import crc32c
 
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import LAYOUT_VERSION
-from natgrad.storage import LocalStorage, Storage
+from natgrad.storage import Storage
 from natgrad.store.group import document_of, require_version
 from natgrad.store.journal import Journal
 
@@ -32,21 +31,18 @@ class Damaged(InputError):
     """A file of a store is missing, or its content is not the recorded one."""
 
 
-def record_files(folder: Path, described: Mapping[str, Any]) -> None:
-    """Record the checksums of all files of a new store.
+def record_files(storage: Storage, files: Mapping[str, int], described: Mapping[str, Any]) -> None:
+    """Record the checksums of all files of a store.
 
     Parameters
     ----------
-    folder : Path
+    storage : Storage
+    files : mapping of str to int
+        CRC-32C of each file.
     described : mapping
         Additional entries of the record.
     """
-    files = {
-        path.relative_to(folder).as_posix(): crc32c(path.read_bytes())
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-    Journal(LocalStorage(folder)).write(_FILES, {**described, "files": files})
+    Journal(storage).write(_FILES, {**described, "files": dict(sorted(files.items()))})
 
 
 def recorded_files(storage: Storage, remedy: str) -> dict[str, Any]:

@@ -519,6 +519,9 @@ class Ledger:
         InputError
             If the chunk is not recorded, or is damaged.
         """
+        return self._verified(self._record(start, stop), name)
+
+    def _record(self, start: int, stop: int) -> dict[str, Any]:
         number = f"{start:012d}"
         record = self.journal.read(number) if self.journal.has(number) else {}
         if (record.get("start"), record.get("stop")) != (start, stop):
@@ -528,7 +531,68 @@ class Ledger:
                 why="the analysis was interrupted",
                 remedy="run natgrad analyze OUT again; finished ledger chunks are kept",
             )
-        return self._verified(record, name)
+        return record
+
+    def read_updates(self, updates: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Read and verify the Gram matrices of some updates. Only their parts of ledger chunks are read.
+
+        Parameters
+        ----------
+        updates : int64 array
+            Indices into the ledger, in any order.
+
+        Returns
+        -------
+        float64 array, shape (updates, tensors, vectors, vectors)
+
+        Raises
+        ------
+        InputError
+            See `read_chunk`.
+        """
+        gram = np.empty((len(updates), *self._arrays["gram"].shape[1:]))
+        of_chunk = updates // self.updates_per_chunk * self.updates_per_chunk
+        for start in np.unique(of_chunk).tolist():
+            positions = np.flatnonzero(of_chunk == start)
+            wanted = updates[positions] - start
+            low, values = self._read_part("gram", start, int(wanted.min()), int(wanted.max()) + 1)
+            gram[positions] = values[wanted - low]
+        return gram
+
+    def gram_checksums(self, updates: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return for each of some updates the recorded checksum, and the position in it, of its Gram matrices.
+
+        Other Gram matrices of the same update have other numbers, except with a probability of 2^-32.
+
+        Returns
+        -------
+        int64 array, shape (updates, 2)
+        """
+        found = np.empty((len(updates), 2), np.int64)
+        of_chunk = updates // self.updates_per_chunk * self.updates_per_chunk
+        for start in np.unique(of_chunk).tolist():
+            positions = np.flatnonzero(of_chunk == start)
+            record = self._record(start, min(start + self.updates_per_chunk, self.n_updates))
+            group, within = np.divmod(updates[positions] - start, record["checksum_rows"]["gram"])
+            found[positions] = np.stack([record["checksums"]["gram"][group, 0], within], axis=1)
+        return found
+
+    def _read_part(self, name: str, start: int, low: int, high: int) -> tuple[int, NDArray[np.float64]]:
+        """Return the updates ``low`` to ``high`` of a ledger chunk, and those that share their checksums."""
+        stop = min(start + self.updates_per_chunk, self.n_updates)
+        record = self._record(start, stop)
+        covered, shape = record["checksum_rows"][name], self._arrays[name].shape[1:]
+        low, high = low // covered * covered, min(math.ceil(high / covered) * covered, stop - start)
+        row = 8 * math.prod(shape)
+        try:
+            (content,) = self.chunk_entry(name, start).get_ranges([(low * row, high * row)])
+            values = np.frombuffer(content, "<f8").reshape(high - low, *shape)
+        except (FileNotFoundError, ValueError):
+            values = np.empty((0, *shape))
+        recorded = record["checksums"][name][low // covered : math.ceil(high / covered), 0].tolist()
+        if len(values) != high - low or checksums(values, covered) != recorded:
+            return 0, self._verified(record, name)  # the complete chunk, or an error that names what is damaged
+        return low, values
 
     def steps(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the step of the state before each update, and the updates to the next state (0 if none).

@@ -15,6 +15,7 @@ rate or an update that is not larger than its rounding error proves nothing, and
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -29,6 +30,7 @@ __all__ = [
     "WindowTerms",
     "consecutive",
     "effective_lengths",
+    "joined",
     "rolling_norm",
     "smallest_decreasing",
     "smallest_effective",
@@ -56,6 +58,10 @@ class WindowTerms:
     update_floor: Array
     finite: NDArray[np.bool_]
     known: NDArray[np.bool_]
+
+    def part(self, index: Any) -> WindowTerms:
+        """Select terms with NumPy indexing."""
+        return WindowTerms(self.pair[index], *(getattr(self, field.name)[index] for field in fields(self)[1:]))
 
 
 def smallest_effective(terms: WindowTerms, follows: NDArray[np.bool_], longest: int) -> WindowSearch:
@@ -157,7 +163,7 @@ def effective_lengths(
         for first, last in _contiguous(follows):
             for start in range(first, min(last, starts), _STARTS_AT_ONCE):
                 count = min(_STARTS_AT_ONCE, min(last, starts) - start)
-                _refute(effective, _rows(flat, slice(start, min(start + count + longest - 1, last))), count)
+                _refute(effective, flat.part(slice(start, min(start + count + longest - 1, last))), count)
     return effective.reshape(longest, *shape[1:])
 
 
@@ -188,7 +194,7 @@ def _refute(effective: NDArray[np.bool_], terms: WindowTerms, starts: int) -> No
     columns = np.flatnonzero(effective[:lengths].any(axis=0))
     if not len(columns):
         return
-    terms = _columns(terms, columns)
+    terms = terms.part((slice(None), columns))
     regular = _regular(terms).all(axis=0)
     alignment = np.where(regular, terms.pair.alignment, 0.0)
     tried = np.asarray(effective[:lengths, columns].any(axis=1))
@@ -206,7 +212,7 @@ def _refute(effective: NDArray[np.bool_], terms: WindowTerms, starts: int) -> No
     open_lengths = remaining & ~(regular & proved)
     undecided = np.flatnonzero(open_lengths.any(axis=0))
     if len(undecided):
-        found = _by_definition(_columns(terms, undecided), starts, open_lengths[:, undecided])
+        found = _by_definition(terms.part((slice(None), undecided)), starts, open_lengths[:, undecided])
         effective[:lengths, columns[undecided]] &= found
 
 
@@ -272,7 +278,7 @@ def _refute_from(effective: NDArray[np.bool_], terms: WindowTerms, first: NDArra
     rows = first + np.arange(lengths)[:, None]
     complete = rows < updates
     rows = np.minimum(rows, updates - 1)
-    taken = _at(terms, (rows, np.arange(rows.shape[1])))
+    taken = terms.part((rows, np.arange(rows.shape[1])))
     total = WindowTerms(
         Pair(*(np.cumsum(getattr(taken.pair, field.name), axis=0) for field in fields(Pair))),
         np.minimum.accumulate(taken.learning_rate, axis=0),
@@ -286,10 +292,10 @@ def _refute_from(effective: NDArray[np.bool_], terms: WindowTerms, first: NDArra
 def _by_definition(terms: WindowTerms, starts: int, wanted: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Return whether all windows of some lengths are effective, from their statuses; True for other lengths."""
     effective = np.ones(wanted.shape, bool)
-    total, updates = _rows(terms, slice(0, starts)), len(terms.learning_rate)
+    total, updates = terms.part(slice(0, starts)), len(terms.learning_rate)
     for m in range(1, int(np.flatnonzero(wanted.any(axis=1))[-1]) + 2):
         if m > 1:
-            total = _longer(_rows(total, slice(0, updates - m + 1)), terms, m)
+            total = _longer(total.part(slice(0, updates - m + 1)), terms, m)
         if wanted[m - 1].any():
             effective[m - 1] = _is_effective(total).all(axis=0) | ~wanted[m - 1]
     return effective
@@ -346,7 +352,7 @@ def smallest_decreasing(
 
 def _longer(total: WindowTerms, single: WindowTerms, m: int) -> WindowTerms:
     """Extend windows of m - 1 updates to m. y.g is summed in the order of `geometry.window`, with the same bits."""
-    added = _rows(single, slice(m - 1, m - 1 + len(total.learning_rate)))
+    added = single.part(slice(m - 1, m - 1 + len(total.learning_rate)))
     return WindowTerms(
         Pair(*(getattr(total.pair, field.name) + getattr(added.pair, field.name) for field in fields(Pair))),
         np.minimum(total.learning_rate, added.learning_rate),
@@ -356,16 +362,12 @@ def _longer(total: WindowTerms, single: WindowTerms, m: int) -> WindowTerms:
     )
 
 
-def _at(terms: WindowTerms, index: Any) -> WindowTerms:
-    return WindowTerms(terms.pair[index], *(getattr(terms, field.name)[index] for field in fields(WindowTerms)[1:]))
-
-
-def _rows(terms: WindowTerms, rows: slice) -> WindowTerms:
-    return _at(terms, rows)
-
-
-def _columns(terms: WindowTerms, columns: NDArray[np.int64]) -> WindowTerms:
-    return _at(terms, (slice(None), columns))
+def joined(parts: Sequence[WindowTerms]) -> WindowTerms:
+    """Return the terms of consecutive updates."""
+    pairs = [part.pair for part in parts]
+    pair = Pair(*(np.concatenate([getattr(each, field.name) for each in pairs]) for field in fields(Pair)))
+    names = [field.name for field in fields(WindowTerms)[1:]]
+    return WindowTerms(pair, *(np.concatenate([getattr(part, name) for part in parts]) for name in names))
 
 
 # Updates of a window -----------------------------------------------------------------------------------------
