@@ -10,7 +10,7 @@ from opened import open_source, read_results
 class Serial(run.Analysis):
     """Options of an analysis that needs no workers."""
 
-    def executor(self):
+    def executor(self, stack=None):
         return executors.serial
 
 

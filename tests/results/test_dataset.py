@@ -654,7 +654,7 @@ def test_metrics_exist_if_and_only_if_the_status_is_effective(seed, tensors):
     for value in (np.nan, np.inf, 0.0):
         state, key = states[rng.integers(5)], rng.choice(list(states[0]))
         state[key] = np.full_like(state[key], value)
-    tree = dataset.label(table_of(states), windows=[1, 2])
+    tree = dataset.label(table_of(states), windows=[1, 2], gammas=[0.1, 1.0])
     for group in ("model", "tensor"):
         found = tree[group].to_dataset()
         effective = found["status"] == Status.EFFECTIVE
@@ -878,7 +878,7 @@ def test_xarray_alone_opens_the_results_and_finds_every_name(tmp_path):
     table = table_of(walk())
     extremes = np.ones((len(table.steps), len(TENSORS)))
     table = replace(table, optimizer=Optimizer(extremes, extremes, extremes), weight_decay=0.1 * extremes)
-    tree = dataset.label(table, windows=[2], provenance={"source": "a log"})
+    tree = dataset.label(table, windows=[2], gammas=dataset.GAMMAS, provenance={"source": "a log"})
     dataset.write(tree, open_store(tmp_path / "results.zarr"), {})
     code = """
 import sys, json, xarray

@@ -61,6 +61,7 @@ def metadata(folder):
         "": dataset.label(
             replace(table, optimizer=Optimizer(extremes, extremes, extremes), weight_decay=extremes),
             windows=[2],
+            gammas=dataset.GAMMAS,
             variables=[],
         ),
         "replicates/": replicates.label(

@@ -18,7 +18,8 @@ from natgrad.app.diagnosis.diagnose import Diagnosis, diagnose, no_log
 from natgrad.app.diagnosis.loss_consistency import objective_of
 from natgrad.app.diagnosis.proposals import LOG_READERS
 from natgrad.app.summaries import Inspection
-from natgrad.compute.plan import plan_shape
+from natgrad.compute.plan import PlanLimits, plan_shape
+from natgrad.results.sizes import require_memory
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import (
     MEBIBYTE,
@@ -343,10 +344,11 @@ def _plan(
     if len(listed) > 1 and elements:
         try:
             plan = plan_shape(shape, memory_limit=memory_limit)
+            of_results = require_memory(shape, [1], PlanLimits().reserved_bytes, memory_limit)
         except InputError as error:
             found["worker_memory"] = f"exceeds --memory-limit: {error.what}"
         else:
-            found["worker_memory"] = plan.projected_bytes
+            found["worker_memory"] = max(plan.projected_bytes, of_results)
     return found
 
 

@@ -7,7 +7,6 @@ The functions need no Prefect server. They take options that are already validat
 from __future__ import annotations
 
 import errno
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
@@ -26,11 +25,12 @@ from natgrad.compute.processors import usable_processors
 from natgrad.compute.work import calls
 from natgrad.ingestion import Extent, StepWait, buffer_bytes, ingest
 from natgrad.results import dataset as results
-from natgrad.results.blocks import BlockTask, BlockWork, projected_bytes
+from natgrad.results.blocks import BlockTask, BlockWork
 from natgrad.results.building import build
 from natgrad.results.inputs import replicate_products, update_table
+from natgrad.results.sizes import block_bytes, require_memory
 from natgrad.schema.errors import InputError, Unavailable
-from natgrad.schema.layout import MEBIBYTE, IngestLimits, TrajectoryShape
+from natgrad.schema.layout import IngestLimits, TrajectoryShape
 from natgrad.schema.logs import logger
 from natgrad.schema.names import ATTEMPT, REPLICATE_LOSS
 from natgrad.schema.version import RESULTS_VERSION, __version__
@@ -149,20 +149,10 @@ class Analysis:
             If it exceeds the memory limit, or the location of the ledger contains something else.
         """
         plan = plan_ledger(shape, ledger, memory_limit=self.memory_limit, limits=limits)
-        of_results = limits.reserved_bytes + self.results_bytes(shape)
-        if of_results > self.memory_limit:
-            least = math.ceil(of_results / MEBIBYTE)
-            raise InputError(
-                f"a worker would need {least} MiB, but memory_limit is {self.memory_limit / MEBIBYTE:.0f} MiB",
-                where=f"results of {len(shape.layout.tensors)} tensors, with windows of up to {max(self.windows)} "
-                f"updates, and {limits.reserved_bytes / MEBIBYTE:.0f} MiB of an idle worker",
-                remedy=f"raise --memory-limit to {least}MiB or more",
-            )
-        return max(plan.projected_bytes, of_results)
-
-    def results_bytes(self, shape: TrajectoryShape) -> int:
-        """Return the memory that a worker takes for the results, in addition to that of an idle process."""
-        return projected_bytes(shape.states, len(shape.layout.tensors), len(shape.vectors), self.windows)
+        return max(
+            plan.projected_bytes,
+            require_memory(shape, self.windows, limits.reserved_bytes, self.memory_limit),
+        )
 
     def require_workers(self) -> None:
         """Check that Dask is configured, and that the requested scheduler or cluster can be used.
@@ -340,7 +330,7 @@ def _analyze(
             kind="results",
             out=folder.storage,
             task_bytes=max((gram_bytes * len(task.updates) for task in tasks), default=0),
-            worker_bytes=analysis.results_bytes(states.shape),
+            worker_bytes=block_bytes(states.shape, analysis.windows),
             limits=limits,
         )
 

@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 
 from natgrad.results.dataset import Column, Request, aggregated, columns
 from natgrad.results.inputs import UpdateTable
-from natgrad.results.updates import Defined, Updates, UpdateVariable, longest_tried
+from natgrad.results.sizes import LEAST_UPDATES, most_updates
+from natgrad.results.updates import Defined, Updates, UpdateVariable
 from natgrad.results.variables import VARIABLES, registered_variables
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import chunk_capacity
@@ -33,7 +34,7 @@ from natgrad.storage import Storage
 from natgrad.store import Ledger
 from natgrad.store.journal import Journal
 from natgrad.store.labelled import encoded_chunk
-from natgrad.theory.windows import WindowTerms, effective_lengths, joined
+from natgrad.theory.windows import WindowTerms, effective_lengths, joined, longest_tried
 
 __all__ = [
     "BLOCKS",
@@ -44,8 +45,6 @@ __all__ = [
     "effective_of",
     "is_shuffled",
     "longest_of",
-    "most_updates",
-    "projected_bytes",
     "record_name",
     "tasks_of",
 ]
@@ -53,22 +52,11 @@ __all__ = [
 BLOCKS = "blocks"
 """Folder of the records of finished blocks, in the results."""
 
-_ELEMENTS = 76_800
-"""Approximate number of updates times tensors of a block: its arrays have 600 kB, and a worker takes 80 MB."""
-
-_MOST_UPDATES, _LEAST_UPDATES = 4096, 64
-"""Limits of the number of updates of a block."""
-
 _TASK_UPDATES = 1024
 """Approximate number of updates of a task. It also computes the pairs of up to 255 updates after them."""
 
 _GROWTH = 16
 """Number of blocks of a short run from which on a longer run gets larger blocks."""
-
-
-def most_updates(tensors: int) -> int:
-    """Return the largest number of updates of a block, a power of two, for a number of tensors."""
-    return min(1 << max(_ELEMENTS // max(tensors, 1), 1).bit_length() - 1, _MOST_UPDATES)
 
 
 # The grid ----------------------------------------------------------------------------------------------------
@@ -122,7 +110,7 @@ class Grid:
         most = most_updates(len(table.layout.tensors))
         if not table.runs:
             updates = len(table.steps)
-            size = min(chunk_capacity(updates, _LEAST_UPDATES), most)
+            size = min(chunk_capacity(updates, LEAST_UPDATES), most)
             if earlier is not None and earlier <= most and updates <= _GROWTH * earlier:
                 size = earlier
             return cls((STEP,), (updates,), (size,))
@@ -335,7 +323,7 @@ class BlockWork:
     def _computed(
         self,
         ledger: Ledger,
-        variables: Sequence[UpdateVariable],
+        variables: Mapping[str, UpdateVariable],
         task: BlockTask,
         start: int,
         stop: int,
@@ -353,6 +341,7 @@ class BlockWork:
             record |= {"digest": block.digest, "chunks": list(self.grid.chunks)}
         terms: dict[str, WindowTerms] = {}
         of_gradient: dict[str, dict[int, Updates]] = {}
+        of_model: dict[str, list[Column]] = {}
         with np.errstate(all="ignore"):
             for descent, groups in aggregated(table):
                 contents: dict[str, bytes] = {}
@@ -360,58 +349,63 @@ class BlockWork:
                     terms[f"{group} {descent}"] = aggregation.window_terms(slice(0, stop - start))
                     if block is None:
                         continue
-                    chosen = self.request.chosen(variables, table, group.rpartition("/")[2])
+                    name = group.rpartition("/")[2]
                     found = columns(
-                        chosen, table, aggregation, descent, self.request, of_gradient.setdefault(group, {})
+                        self.request.chosen(list(variables.values()), table, name),
+                        table,
+                        aggregation,
+                        descent,
+                        self.request,
+                        of_gradient.setdefault(group, {}),
                     )
-                    by_name = {variable.name: variable for variable in chosen}
-                    for name, column in found.items():
-                        self._encode(
-                            f"{group}/{name}".strip("/"),
-                            by_name[name],
-                            column,
-                            task,
-                            block,
-                            descent,
-                            contents,
-                            record,
-                        )
-                if contents:
-                    self.staging.put_entries(contents)
-                    record["files"] |= {name: crc32c(content) for name, content in contents.items()}
+                    for own, column in found.items():
+                        path = f"{group}/{own}".strip("/")
+                        if name == "model":  # a few numbers, of which all estimates share a chunk
+                            of_model.setdefault(path, []).append(column)
+                        else:
+                            at = DESCENTS.index(descent)
+                            contents |= self._encoded(path, variables[own], [column], at, task, block, record)
+                self._put(contents, record)
+            contents = {}
+            for path, of_each in of_model.items():
+                variable = variables[path.rpartition("/")[2]]
+                contents |= self._encoded(path, variable, of_each, 0, task, block, record)
+            self._put(contents, record)
         return record, terms
 
-    def _encode(
+    def _put(self, contents: Mapping[str, bytes], record: dict[str, Any]) -> None:
+        if contents:
+            self.staging.put_entries(contents)
+            record["files"] |= {name: crc32c(content) for name, content in contents.items()}
+
+    def _encoded(
         self,
         path: str,
         variable: UpdateVariable,
-        column: Column,
+        of_each: Sequence[Column],
+        descent: int,
         task: BlockTask,
-        block: Block,
-        descent: str,
-        contents: dict[str, bytes],
+        block: Block | None,
         record: dict[str, Any],
-    ) -> None:
-        """Add the chunk of a variable for one estimate of the gradient to the new files."""
-        values = column.values[: block.stop - block.start]
-        kind, dimensions, inner = record["arrays"].setdefault(
-            path, [values.dtype.name, column.dimensions, values.shape[1:]]
-        )
+    ) -> dict[str, bytes]:
+        """Return the chunk of a variable for some estimates of the gradient, from the first of them on."""
+        if block is None:
+            return {}
+        column, updates = of_each[0], block.stop - block.start
+        values = column.values[:updates]
+        if DESCENT in column.dimensions:
+            values = np.stack([each.values[:updates] for each in of_each], column.descent_axis)
+        kind, *_ = record["arrays"].setdefault(path, [values.dtype.name, column.dimensions, values.shape[1:]])
         values = values.astype(kind, copy=False)
         if column.comment:
             record["comments"][path] = column.comment
+        chunks, index = [*self.grid.chunks, *values.shape[1:]], [*block.index, *(0 for _ in values.shape[1:])]
+        if DESCENT in column.dimensions:
+            index[len(block.index) - 1 + column.descent_axis] = descent
         if task.table.runs:
             values = self._spread(values, variable, task, block)
-        leading = len(self.grid.chunks)
-        chunks, index = [*self.grid.chunks, *inner], [*block.index, *(0 for _ in inner)]
-        if DESCENT in dimensions:
-            axis = leading - 1 + dimensions.index(DESCENT)
-            values = np.expand_dims(values, axis)
-            chunks.insert(axis, 1)
-            index.insert(axis, DESCENTS.index(descent))
         found = encoded_chunk(values, chunks, index, shuffled=is_shuffled(variable))
-        if found is not None:
-            contents[f"{path}/{found[0]}"] = found[1]
+        return {} if found is None else {f"{path}/{found[0]}": found[1]}
 
     def _spread(
         self, values: NDArray[Any], variable: UpdateVariable, task: BlockTask, block: Block
@@ -434,7 +428,7 @@ def is_shuffled(variable: UpdateVariable) -> bool:
     return variable.defined is not Defined.WITH_METRIC
 
 
-def _variables(names: Sequence[str]) -> list[UpdateVariable]:
+def _variables(names: tuple[str, ...]) -> dict[str, UpdateVariable]:
     every = {**VARIABLES, **{each.value.name: each.value for each in registered_variables()}}
     missing = [name for name in names if name not in every]
     if missing:
@@ -443,7 +437,7 @@ def _variables(names: Sequence[str]) -> list[UpdateVariable]:
             why="the client has a package with the entry points natgrad.variables that this worker lacks",
             remedy="install the same packages on all workers",
         )
-    return [every[name] for name in names]
+    return {name: every[name] for name in names}
 
 
 def _bytes_of(value: Any) -> bytes:
@@ -509,28 +503,3 @@ def effective_of(
                 of_run &= np.unpackbits(bits, count=of_run.size).reshape(of_run.shape).astype(bool)
         found[descent] = lengths
     return found
-
-
-def projected_bytes(states: int, tensors: int, vectors: int, windows: Sequence[int]) -> int:
-    """Return the memory that a worker takes for a task, in addition to that of an idle process.
-
-    Parameters
-    ----------
-    states : int
-        Number of logged states of all runs.
-    tensors, vectors : int
-        Size of the ledger.
-    windows : sequence of int
-        Requested windows.
-
-    Notes
-    -----
-    Per update of a block and of its windows, and per tensor: the Gram matrix twice (as read, and with a vector that
-    was not logged), and some 80 numbers of the pairs of two estimates and of their variables. Per update whose
-    windows are not known yet: five numbers, and two for each estimate. Once: seven numbers for the search.
-    """
-    updates = min(most_updates(tensors), max(states - 1, 1))
-    longest = longest_tried(max(states - 1, 1), max(windows, default=1))
-    rows, waiting = updates + max(windows, default=1) - 1, updates + longest - 1 + updates
-    numbers = rows * (2 * (vectors + 1) ** 2 + 80) + waiting * (5 + 2 * len(DESCENTS) + 7)
-    return 8 * (tensors + 8) * numbers

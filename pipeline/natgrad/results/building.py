@@ -115,10 +115,13 @@ def build(
     extensions = registered_variables()
     variables = [*VARIABLES.values(), *(extension.value for extension in extensions)]
     attributes = dataset.root_attributes(table, provenance or {}, extensions)
-    staging, versions = storage.staging, repr(sorted(attributes["versions"].items()))
+    staging = storage.staging
+    # The version of the results stands for that of this package.
+    versions = {name: version for name, version in attributes["versions"].items() if name != "natgrad-pipeline"}
+    version = json.dumps([attributes["results_version"], attributes["layout_version"], versions], sort_keys=True)
     grid = Grid.of(table, _steps_per_chunk(storage))
     names = tuple(variable.name for variable in variables)
-    work = BlockWork(ledger, staging, request, names, grid, f"{attributes['results_version']} {versions}")
+    work = BlockWork(ledger, staging, request, names, grid, version)
     blocks = work.digests(table, updates, grid.blocks(table))
     missing = _reuse(blocks, staging, storage)
     longest = longest_of(table, request)
@@ -244,7 +247,7 @@ class _Stored:
                 why=f"found {', '.join(sorted(described))}",
                 remedy="let the function of the variable always return arrays of one dtype and the same dimensions",
             )
-        kind, dimensions, _ = self.records[0]["arrays"][path]
+        kind, dimensions, chunks = self.records[0]["arrays"][path]
         comments = [record["comments"][path] for record in self.records if path in record["comments"]]
         sizes = {
             TENSOR: len(self.table.layout.tensors),
@@ -253,11 +256,10 @@ class _Stored:
             GAMMA: len(self.request.gammas),
         }
         inner = [sizes[axis] for axis in dimensions[1:]]
-        chunks = [1 if axis == DESCENT else max(sizes[axis], 1) for axis in dimensions[1:]]
         return ChunkedArray(
             (*self.grid.dimensions, *dimensions[1:]),
             (*self.grid.shape, *inner),
-            (*self.grid.chunks, *chunks),
+            (*self.grid.chunks, *(max(size, 1) for size in chunks)),
             kind,
             variable.attributes() | ({"comment": comments[0]} if comments else {}),
             is_shuffled(variable),

@@ -23,34 +23,19 @@ from natgrad.schema.names import DESCENT, DESCENTS, GAMMA, STEP, TENSOR, VECTORS
 from natgrad.schema.variables import Status, Variable
 from natgrad.theory import discrete_time, geometry, windows
 from natgrad.theory.geometry import Pair
+from natgrad.theory.windows import LONGEST_WINDOW
 
 __all__ = [
     "LONGEST_WINDOW",
     "Defined",
     "UpdateVariable",
     "Updates",
-    "longest_tried",
 ]
 
 Array = NDArray[np.float64]
 
-LONGEST_WINDOW = 256
-"""Longest window in the search for the smallest one; for a short run, half of its updates if that is less."""
-
 MODEL_AND_TENSORS = ("model", "tensor")
 _AXES = (STEP, TENSOR, DESCENT, WINDOW, GAMMA)
-
-
-def longest_tried(updates: int, longest: int) -> int:
-    """Return the longest window in the search for the smallest one, for the updates of a run.
-
-    Parameters
-    ----------
-    updates : int
-    longest : int
-        Longest requested window.
-    """
-    return min(max(longest, min(LONGEST_WINDOW, updates // 2)), updates)
 
 
 # Inputs of variables ------------------------------------------------------------------------------------------
@@ -202,7 +187,7 @@ class Updates:
 
     @property
     def _longest_tried(self) -> int:
-        return longest_tried(len(self.table.steps[self.run]), self.longest)
+        return windows.longest_tried(len(self.table.steps[self.run]), self.longest)
 
     @property
     def _follows(self) -> NDArray[np.bool_]:

@@ -27,15 +27,20 @@ from natgrad.theory import geometry
 from natgrad.theory.geometry import Pair
 
 __all__ = [
+    "LONGEST_WINDOW",
     "WindowTerms",
     "consecutive",
     "effective_lengths",
     "joined",
+    "longest_tried",
     "rolling_norm",
     "smallest_decreasing",
     "smallest_effective",
     "smallest_length",
 ]
+
+LONGEST_WINDOW = 256
+"""Longest window in the search for the smallest one; for a short run, half of its updates if that is less."""
 
 Array = NDArray[np.float64]
 WindowSearch = tuple[Array, NDArray[np.int64]]
@@ -62,6 +67,19 @@ class WindowTerms:
     def part(self, index: Any) -> WindowTerms:
         """Select terms with NumPy indexing."""
         return WindowTerms(self.pair[index], *(getattr(self, field.name)[index] for field in fields(self)[1:]))
+
+
+def longest_tried(updates: int, longest: int) -> int:
+    """Return the longest window in the search for the smallest one.
+
+    Parameters
+    ----------
+    updates : int
+        Number of updates of the run.
+    longest : int
+        Longest requested window.
+    """
+    return min(max(longest, min(LONGEST_WINDOW, updates // 2)), updates)
 
 
 def smallest_effective(terms: WindowTerms, follows: NDArray[np.bool_], longest: int) -> WindowSearch:
@@ -167,7 +185,7 @@ def effective_lengths(
     return effective.reshape(longest, *shape[1:])
 
 
-_STARTS_AT_ONCE = 256
+_STARTS_AT_ONCE = 128
 """Windows of which the prefix sums are computed together: they fit into the cache, and their errors are small."""
 
 _LEAST_SQUARE, _MOST_SQUARE, _LEAST_SUM = 1e-100, 1e100, 1e-60
