@@ -30,6 +30,10 @@ class States:
     has_gradient: bool = True
     storage: str = "a store"
 
+    @property
+    def numbers(self):
+        return (*self.scalars, "attempt", "run", "loss")
+
     def scalar(self, name):
         if name in ("attempt", "run"):
             return np.array(self.attempts if name == "attempt" else self.run)
@@ -58,14 +62,16 @@ class Sums:
         self._steps = np.array(steps), np.array(spans)
         self.chunks = []
 
-    def read(self):
-        return np.arange(4.0)[:, None, None, None] * np.ones((4, 2, 2, 2)), None
+    def read_updates(self, updates):
+        return updates[:, None, None, None] * np.ones((2, 2, 2))
 
     def steps(self):
         return self._steps
 
     def read_chunk(self, name, start, stop):
         self.chunks.append((name, start, stop))
+        if name == "gram":
+            return np.square(self.read_updates(np.arange(start, stop)))
         return np.arange(start, stop)
 
 
@@ -241,11 +247,13 @@ def test_the_metric_of_the_optimizer_is_that_of_its_factors_or_of_adam():
 def test_the_products_of_replicates_are_read_one_chunk_at_a_time(updates):
     sums = Sums()
     found = dict.fromkeys(range(len(updates)))
-    for positions, products, _ in replicate_products(sums, np.array(updates)):
+    for positions, products, norms in replicate_products(sums, np.array(updates)):
         found |= zip(positions.tolist(), products.tolist(), strict=True)
+        # Here the norm of the parameters of each tensor is the index of the update as well.
+        assert norms.tolist() == [[product, product] for product in products.tolist()]
     assert list(found.values()) == updates
-    expected = [("replicate_gram", 0, 3)] * (min(updates) < 3) + [("replicate_gram", 3, 4)] * (max(updates) == 3)
-    assert sums.chunks == expected
+    expected = [(0, 3)] * (min(updates) < 3) + [(3, 4)] * (max(updates) == 3)
+    assert [(start, stop) for name, start, stop in sums.chunks if name == "replicate_gram"] == expected
 
 
 def test_a_table_has_its_vectors_and_the_columns_that_were_logged():

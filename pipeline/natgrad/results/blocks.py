@@ -429,7 +429,9 @@ def is_shuffled(variable: UpdateVariable) -> bool:
 
 
 def _variables(names: tuple[str, ...]) -> dict[str, UpdateVariable]:
-    every = {**VARIABLES, **{each.value.name: each.value for each in registered_variables()}}
+    every = dict(VARIABLES)
+    if not every.keys() >= set(names):  # finding the entry points of all packages takes longer than a small run
+        every |= {each.value.name: each.value for each in registered_variables()}
     missing = [name for name in names if name not in every]
     if missing:
         raise InputError(

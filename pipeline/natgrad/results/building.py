@@ -35,7 +35,7 @@ from natgrad.results.inputs import UpdateTable
 from natgrad.results.objective import loss_precision
 from natgrad.results.pairs import Aggregation
 from natgrad.results.stored import COMPUTE_AGAIN, exist, publish, put
-from natgrad.results.summary import overview
+from natgrad.results.summary import NEEDED, overview
 from natgrad.results.updates import UpdateVariable
 from natgrad.results.variables import VARIABLES, registered_variables
 from natgrad.schema.errors import InputError
@@ -45,7 +45,7 @@ from natgrad.storage import Storage
 from natgrad.store import Ledger
 from natgrad.store.checked import recorded_files
 from natgrad.store.journal import Journal
-from natgrad.store.labelled import ChunkedArray, LabelledGroup, contents_of
+from natgrad.store.labelled import ChunkedArray, LabelledGroup, contents_of, read_arrays
 
 __all__ = ["Building", "build"]
 
@@ -140,7 +140,7 @@ def build(
     for path, tree in (additional or {}).items():
         groups |= {f"{path}/{name}".strip("/"): group for name, group in dataset.labelled_groups(tree).items()}
     files = put(staging, contents_of(groups))
-    summary = overview(dataset.opened(staging))
+    summary = overview(_models(staging, _paths(table), attributes))
     files |= {name: checksum for record in records for name, checksum in record["files"].items()}
     names_of_records = [f"{BLOCKS}/{record_name(block)}.json" for block in blocks]
     files |= {name: crc32c((staging / name).get()) for name in names_of_records}
@@ -151,6 +151,18 @@ def build(
 def _paths(table: UpdateTable) -> list[str]:
     paths = ["", *([WITHOUT_DECAY] if table.weight_decay is not None else [])]
     return [f"{path}/{name}" for path in paths for name in ("model", "tensor")]
+
+
+def _models(storage: Storage, paths: Sequence[str], attributes: Mapping[str, Any]) -> xr.DataTree:
+    """Read the part of stored results that an overview needs."""
+    groups = {}
+    for path in paths:
+        if path.endswith("model"):
+            arrays = read_arrays(storage, path.strip("/"), NEEDED)
+            groups[path] = xr.Dataset({name: (array.dimensions, array.values) for name, array in arrays.items()})
+    tree = xr.DataTree.from_dict(groups)
+    tree.attrs = dict(attributes)
+    return tree
 
 
 # Reuse -------------------------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ WITHOUT_DECAY_DESCRIPTION = (
 
 @dataclass(frozen=True)
 class Request:
-    """What is computed from a table.
+    """Describe the results to compute from a table.
 
     Attributes
     ----------
@@ -474,12 +474,6 @@ def labelled_group(dataset: xr.Dataset) -> LabelledGroup:
         for variables in (dataset.data_vars, dataset.coords)
     )
     return LabelledGroup(arrays, coordinates, {str(name): value for name, value in dataset.attrs.items()})
-
-
-def opened(storage: Storage) -> xr.DataTree:
-    """Open results that are being prepared, without checksums."""
-    store: Any = storage.zarr_store()  # xarray does not type stores
-    return xr.open_datatree(store, engine="zarr")
 
 
 def read(storage: Storage) -> xr.DataTree:

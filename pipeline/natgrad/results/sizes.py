@@ -21,7 +21,7 @@ LEAST_UPDATES, _MOST_UPDATES = 64, 4096
 
 
 def most_updates(tensors: int) -> int:
-    """Return the largest number of updates of a block, for a number of tensors."""
+    """Return the maximum number of updates of a block, for a number of tensors."""
     return min(max(_ELEMENTS // max(tensors, 1), 1), _MOST_UPDATES)
 
 

@@ -11,7 +11,20 @@ from natgrad.results.dataset import WITHOUT_DECAY
 from natgrad.results.objective import Objective
 from natgrad.schema.variables import Status
 
-__all__ = ["overview"]
+__all__ = ["NEEDED", "overview"]
+
+NEEDED = (
+    "descent",
+    "window",
+    "step_span",
+    "status",
+    "angle",
+    "condition_number",
+    "update_to_weight",
+    "loss_decrease",
+    "objective_residual",
+)
+"""Variables of the model that an overview needs, and their coordinates."""
 
 
 def overview(tree: xr.DataTree) -> dict[str, Any]:

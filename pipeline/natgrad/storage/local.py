@@ -322,7 +322,10 @@ class LocalStorage(Storage):
 
     def _folders(self, path: Path) -> builtins.list[Path]:
         """Return the folders of an entry that may have a new name in them."""
-        below = [folder for folder in path.parents if self._path in folder.parents]
+        below, folder = [], path.parent
+        while folder != self._path:
+            below.append(folder)
+            folder = folder.parent
         return [*below, self._path] if not below or not below[-1].exists() else below
 
     def flush(self, entries: Iterable[Storage]) -> None:
@@ -379,7 +382,7 @@ class LocalStorage(Storage):
         self._install(staged)
 
     def _install(self, staged: Path) -> None:
-        """Give a folder that is on disk the name of this one, and remove the old folder."""
+        """Rename a folder that is on disk to this one, and remove the old folder."""
         path, old = self._path, self._path.with_name(f".{self._path.name}.old")
         if not path.exists():
             staged.rename(path)
