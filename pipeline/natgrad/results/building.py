@@ -115,36 +115,38 @@ def build(
     extensions = registered_variables()
     variables = [*VARIABLES.values(), *(extension.value for extension in extensions)]
     attributes = dataset.root_attributes(table, provenance or {}, extensions)
-    staging = storage.staging
     # The version of the results stands for that of this package.
     versions = {name: version for name, version in attributes["versions"].items() if name != "natgrad-pipeline"}
     version = json.dumps([attributes["results_version"], attributes["layout_version"], versions], sort_keys=True)
     grid = Grid.of(table, _steps_per_chunk(storage))
-    names = tuple(variable.name for variable in variables)
-    work = BlockWork(ledger, staging, request, names, grid, version)
-    blocks = work.digests(table, updates, grid.blocks(table))
-    missing = _reuse(blocks, staging, storage)
-    longest = longest_of(table, request)
-    tasks = tasks_of(table, updates, grid, missing, longest)
-    if len(missing) < len(blocks):
-        _log.info("%d of %d blocks of the results are computed; the others are complete", len(missing), len(blocks))
-    for done, _ in enumerate(call(work, tasks), start=1):
-        if progress is not None:
-            progress(done, len(tasks))
-    records = [Journal(staging / BLOCKS).read(record_name(block)) for block in blocks]
-    stored = _Stored(table, updates, ledger, request, grid, variables, records, longest)
-    groups = {"": LabelledGroup(attributes=attributes)}
-    groups |= {path.strip("/"): stored.group(path) for path in _paths(table)}
-    if table.weight_decay is not None:
-        groups[WITHOUT_DECAY.strip("/")] = LabelledGroup(attributes={"description": WITHOUT_DECAY_DESCRIPTION})
-    for path, tree in (additional or {}).items():
-        groups |= {f"{path}/{name}".strip("/"): group for name, group in dataset.labelled_groups(tree).items()}
-    files = put(staging, contents_of(groups))
-    summary = overview(_models(staging, _paths(table), attributes))
-    files |= {name: checksum for record in records for name, checksum in record["files"].items()}
-    names_of_records = [f"{BLOCKS}/{record_name(block)}.json" for block in blocks]
-    files |= {name: crc32c((staging / name).get()) for name in names_of_records}
-    publish(storage, files, summary, {"options": attributes.get("options", {}), "chunks": grid.chunks})
+    names, longest = tuple(variable.name for variable in variables), longest_of(table, request)
+    with storage.staging() as staging:
+        work = BlockWork(ledger, staging, request, names, grid, version)
+        blocks = work.digests(table, updates, grid.blocks(table))
+        missing = _reuse(blocks, staging, storage)
+        tasks = tasks_of(table, updates, grid, missing, longest)
+        if len(missing) < len(blocks):
+            _log.info("%d of %d blocks of the results are computed; the others exist", len(missing), len(blocks))
+        for done, _ in enumerate(call(work, tasks), start=1):
+            if progress is not None:
+                progress(done, len(tasks))
+        records = [Journal(staging / BLOCKS).read(record_name(block)) for block in blocks]
+        stored = _Stored(table, updates, ledger, request, grid, variables, records, longest)
+        groups = {"": LabelledGroup(attributes=attributes)}
+        groups |= {path.strip("/"): stored.group(path) for path in _paths(table)}
+        if table.weight_decay is not None:
+            decay = {"description": WITHOUT_DECAY_DESCRIPTION}
+            groups[WITHOUT_DECAY.strip("/")] = LabelledGroup(attributes=decay)
+        for path, tree in (additional or {}).items():
+            of_tree = dataset.labelled_groups(tree)
+            groups |= {f"{path}/{name}".strip("/"): group for name, group in of_tree.items()}
+        files = put(staging, contents_of(groups))
+        summary = overview(_models(staging, _paths(table), attributes))
+        files |= {name: checksum for record in records for name, checksum in record["files"].items()}
+        records_of_blocks = [f"{BLOCKS}/{record_name(block)}.json" for block in blocks]
+        files |= {name: crc32c((staging / name).get()) for name in records_of_blocks}
+        described = {"options": attributes.get("options", {}), "chunks": grid.chunks}
+        publish(storage, staging, files, summary, described)
     return Building(summary, len(blocks), len(missing))
 
 

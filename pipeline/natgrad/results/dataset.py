@@ -453,10 +453,10 @@ def write(tree: xr.DataTree, storage: Storage, summary: Mapping[str, Any]) -> No
     summary : mapping
         See `natgrad.results.summary.overview`.
     """
-    staging = storage.staging
-    staging.delete_entries(staging.walk() if staging.exists() else [])
-    files = put(staging, contents_of(labelled_groups(tree)))
-    publish(storage, files, summary, {"options": tree.attrs.get("options", {})})
+    with storage.staging() as staging:
+        staging.delete_entries(staging.walk() if staging.exists() else [])
+        files = put(staging, contents_of(labelled_groups(tree)))
+        publish(storage, staging, files, summary, {"options": tree.attrs.get("options", {})})
 
 
 def labelled_groups(tree: xr.DataTree) -> dict[str, LabelledGroup]:

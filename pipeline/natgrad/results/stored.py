@@ -36,7 +36,11 @@ def put(staging: Storage, contents: Mapping[str, bytes]) -> dict[str, int]:
 
 
 def publish(
-    storage: Storage, files: Mapping[str, int], summary: Mapping[str, Any], described: Mapping[str, Any]
+    storage: Storage,
+    staging: Storage,
+    files: Mapping[str, int],
+    summary: Mapping[str, Any],
+    described: Mapping[str, Any],
 ) -> None:
     """Replace the results with those in the staging location of their storage.
 
@@ -46,6 +50,8 @@ def publish(
     ----------
     storage : Storage
         The caller must hold its lock.
+    staging : Storage
+        See `natgrad.storage.Storage.staging`.
     files : mapping of str to int
         All files in the staging location, and their checksums.
     summary : mapping
@@ -53,7 +59,7 @@ def publish(
     described : mapping
         Additional entries of the record of all checksums.
     """
-    staging, name = storage.staging, f"{_SUMMARY}.json"
+    name = f"{_SUMMARY}.json"
     Journal(staging).write(_SUMMARY, summary)
     record_files(staging, {**files, name: crc32c((staging / name).get())}, described)
     storage.replace_with(staging, "zarr.json")

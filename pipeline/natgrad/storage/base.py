@@ -425,11 +425,17 @@ class Storage(ABC):
             yield staged
             self._put_tree(staged, document, placeholder)
 
-    @property
-    def staging(self) -> Storage:
-        """Location of the tree that will replace this one, see `replace_with`. It outlives a killed process."""
+    @contextmanager
+    def staging(self) -> Iterator[Storage]:
+        """Prepare the tree that will replace this one, see `replace_with`.
+
+        Yields
+        ------
+        Storage
+            Location of the new tree. It outlives a killed process, and an error unless the disk is full.
+        """
         plain = self.unversioned()
-        return plain.parent / f".{plain.name}.new"
+        yield plain.parent / f".{plain.name}.new"
 
     def adopt(self, source: Storage, names: Iterable[str]) -> None:
         """Take over entries of another location, which also keeps them. They are durable on return."""
@@ -438,7 +444,7 @@ class Storage(ABC):
             self.put_entries({name: content for name, content in found if content is not None})
 
     def replace_with(self, staged: Storage, document: str) -> None:
-        """Replace everything below this location with the tree in `staging`, and remove the latter.
+        """Replace everything below this location with the tree of `staging`, and remove the latter.
 
         Readers find the old tree or the new tree, as with `replace_tree`.
 
@@ -452,7 +458,10 @@ class Storage(ABC):
         names = staged.walk()
         if not (self.keeps_versions and self._equals(staged, names)):  # an identical tree does not create a version
             self._clear_tree(document, None)
-            self.adopt(staged, [name for name in names if name != document])
+            # The documents of folders within the tree come first: Icechunk requires metadata before chunks.
+            inner = [name for name in names if name.endswith(f"/{document}")]
+            self.adopt(staged, inner)
+            self.adopt(staged, sorted({*names} - {*inner, document}))
             self.adopt(staged, [document])
         staged.delete_entries(names)
 

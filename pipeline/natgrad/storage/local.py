@@ -12,6 +12,7 @@ import builtins
 import ctypes
 import errno
 import fcntl
+import itertools
 import os
 import shutil
 import stat
@@ -322,10 +323,7 @@ class LocalStorage(Storage):
 
     def _folders(self, path: Path) -> builtins.list[Path]:
         """Return the folders of an entry that may have a new name in them."""
-        below, folder = [], path.parent
-        while folder != self._path:
-            below.append(folder)
-            folder = folder.parent
+        below = list(itertools.takewhile(lambda folder: folder != self._path, path.parents))
         return [*below, self._path] if not below or not below[-1].exists() else below
 
     def flush(self, entries: Iterable[Storage]) -> None:
@@ -374,12 +372,29 @@ class LocalStorage(Storage):
             _flush_all((*staged.rglob("*"), staged))
         except BaseException as error:
             shutil.rmtree(staged, ignore_errors=True)  # it may fill the disk
-            if isinstance(error, OSError) and error.filename is not None:
-                named = Path(os.fsdecode(error.filename))
-                if named.is_relative_to(staged):
-                    error.filename = str(path / named.relative_to(staged))
+            self._rename_in(error, staged)
             raise
         self._install(staged)
+
+    def _rename_in(self, error: BaseException, staged: Path) -> None:
+        """Let an error name the file in this folder instead of the new one."""
+        if isinstance(error, OSError) and error.filename is not None:
+            named = Path(os.fsdecode(error.filename))
+            if named.is_relative_to(staged):
+                error.filename = str(self._path / named.relative_to(staged))
+
+    @contextmanager
+    def staging(self) -> Iterator[Storage]:
+        """Prepare the folder that will replace this one. It is removed if the disk is full."""
+        with super().staging() as staged:
+            folder = Path(str(staged))
+            try:
+                yield staged
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                    shutil.rmtree(folder, ignore_errors=True)
+                self._rename_in(error, folder)
+                raise
 
     def _install(self, staged: Path) -> None:
         """Rename a folder that is on disk to this one, and remove the old folder."""
