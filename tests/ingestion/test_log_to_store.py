@@ -576,7 +576,7 @@ def test_missing_scalars_cause_warnings_with_their_consequences(log, store, cont
     assert summary.warnings == [
         "loss is missing or NaN in 2 of 4 steps: results that need it are NaN with status unverifiable",
         "learning_rate is missing or NaN in 4 of 4 steps: "
-        "pass it with --learning-rate; without it no metric exists",
+        "pass it with --learning-rate; only the angles and condition numbers of single updates do not depend on it",
     ]
     loss = [states[0]["loss"], np.nan, states[2]["loss"], np.nan]
     np.testing.assert_array_equal(open_trajectory(store).scalar("loss"), loss)

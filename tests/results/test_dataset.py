@@ -602,12 +602,60 @@ def test_a_gradient_that_is_not_finite_affects_only_its_own_update():
     ]
 
 
-def test_without_a_learning_rate_there_is_no_metric():
-    model = status_of(walk(), learning_rate=[0.25, np.nan, 0.0, 0.25, 0.25]).sel(descent="gradient")
+def test_with_a_learning_rate_that_is_not_positive_there_is_no_metric():
+    model = status_of(walk(), learning_rate=[0.25, -1.0, 0.0, 0.25, 0.25]).sel(descent="gradient")
     assert (model["status"] == Status.NO_LEARNING_RATE).values.tolist() == [False, True, True, False, False]
     for name in ("angle", "condition_number", "update_norm", "alignment"):
         assert np.isnan(model[name][1:3]).all()
         assert np.isfinite(model[name][[0, 3, 4]]).all()
+
+
+NEEDS_RATE = {
+    "update_norm",
+    "alignment",
+    *(f"eigenvalue_{name}" for name in ("max", "mid", "min", "max_infimum", "min_supremum")),
+    *(f"family_eigenvalue_{name}" for name in ("max", "mid", "min")),
+    "learning_rate_bound",
+    "learning_rate_bound_optimal",
+    "shifted_metric",
+    "learning_rate",
+}
+
+
+@pytest.mark.parametrize("rate", [2.0**-20, 1.0, 1024.0])
+def test_without_a_learning_rate_all_that_does_not_depend_on_it_is_known(rate):
+    # A power of two scales every product exactly.
+    states, _ = quadratic_walk(8, noise=5.0)
+    table = replace(table_of(states), hessian_min_eigenvalue=np.full(7, -0.01))
+    trees = [
+        dataset.label(replace(table, learning_rate=np.full(7, eta)), gammas=[0.5, 2.0], windows=[3], variables=[])
+        for eta in (np.nan, rate)
+    ]
+    flag = "shifted_metric"
+    for group in ("model", "tensor"):
+        without, known = (tree[group].to_dataset() for tree in trees)
+        # The smallest window compares windows of several updates.
+        for name in {*known} - {"effective_window", "effective_window_count"}:
+            one, other = (dataset_[name] for dataset_ in (without, known))
+            if "window" in one.dims:
+                of_windows = one.sel(window=3)
+                one, other = one.sel(window=1), other.sel(window=1)
+                if name == "status":
+                    assert (of_windows[:-2] == Status.NO_LEARNING_RATE).all()
+                elif name in ("angle", "condition_number", "cosine", "similarity", *NEEDS_RATE) and name != flag:
+                    assert np.isnan(of_windows).all()
+            if name in NEEDS_RATE:
+                undefined = one == ShiftedMetric.UNKNOWN if name == flag else np.isnan(one)
+                assert undefined.all()
+            else:
+                xr.testing.assert_equal(one, other)
+
+
+def test_the_direction_of_an_update_in_time_depends_on_the_learning_rate():
+    table = replace(table_of(walk()), loss_time_derivative=np.full(5, -1.0))
+    model = dataset.label(replace(table, learning_rate=np.full(5, np.nan)), variables=[])["model"]
+    assert (model["status"] == Status.NO_LEARNING_RATE).all()
+    assert np.isnan(model["angle"]).all()
 
 
 def test_without_a_loss_only_the_corrected_gradient_is_unverifiable():
@@ -659,14 +707,11 @@ def test_metrics_exist_if_and_only_if_the_status_is_effective(seed, tensors):
         found = tree[group].to_dataset()
         effective = found["status"] == Status.EFFECTIVE
         np.testing.assert_array_equal(found["effective"], effective)
-        for name in (
-            "condition_number",
-            "similarity",
-            "eigenvalue_max",
-            "eigenvalue_min",
-            "eigenvalue_max_infimum",
-        ):
+        for name in ("condition_number", "similarity"):
             np.testing.assert_array_equal(np.isfinite(found[name]), effective)
+        known = (effective & ~np.isnan(found["learning_rate"])).transpose(*effective.dims)
+        for name in ("eigenvalue_max", "eigenvalue_min", "eigenvalue_max_infimum"):
+            np.testing.assert_array_equal(np.isfinite(found[name]), known)
         family = np.isfinite(found["family_condition_number"])
         np.testing.assert_array_equal(family, effective.expand_dims(gamma=family["gamma"]).transpose(*family.dims))
         np.testing.assert_array_equal(np.isfinite(found["angle"]), found["status"] <= Status.OBTUSE)

@@ -39,7 +39,7 @@ def test_an_overview_of_updates_without_decay_is_that_of_their_group():
 
 
 def test_an_overview_without_finite_values_has_none():
-    tree = dataset.label(replace(table_of(walk()), learning_rate=np.full(5, np.nan)), variables=[])
+    tree = dataset.label(replace(table_of(walk()), learning_rate=np.zeros(5)), variables=[])
     found = overview(tree)
     assert found.pop("update_to_weight")[0] > 0  # the learning rate does not matter
     objective = found.pop("objective")

@@ -32,6 +32,11 @@ def column_of(terms, column):
     return WindowTerms(terms.pair[:, column], *(part[:, column] for part in list_of_others(terms)))
 
 
+def of_single(rate):
+    """Return the rates that the status of a single update needs: if it is not known, any positive one."""
+    return np.where(np.isnan(rate), 1.0, rate)
+
+
 def statuses_of(terms, follows, m):
     """Return the status of each window of one column, by definition."""
     found = []
@@ -44,7 +49,8 @@ def statuses_of(terms, follows, m):
         for other in terms.update_floor[first + 1 : first + m]:
             floor = np.hypot(floor, other)
         known = terms.known[part].all() and floor < pair.update_norm
-        found.append(geometry.status(pair, terms.learning_rate[part].min(), terms.finite[part].all(), known))
+        rate = of_single(terms.learning_rate)[first] if m == 1 else terms.learning_rate[part].min()
+        found.append(geometry.status(pair, rate, terms.finite[part].all(), known))
     return found
 
 
@@ -162,7 +168,8 @@ def test_a_run_can_be_searched_in_parts(seed, damage, ties):
     for m in range(1, longest + 1):
         if m > 1:
             total = longer(total, terms, m)
-        status = geometry.status(*list_of_statuses(total))
+        single = replace(total, learning_rate=of_single(total.learning_rate))
+        status = geometry.status(*list_of_statuses(single if m == 1 else total))
         complete = np.array([follows[first : first + m - 1].all() for first in range(updates - m + 1)])
         expected = (status[complete] == Status.EFFECTIVE).all(axis=0)
         np.testing.assert_array_equal(np.logical_and.reduce(parts)[m - 1], expected)
@@ -202,10 +209,11 @@ def test_the_sum_of_a_window_has_the_smallest_learning_rate(rate, expected):
     np.testing.assert_equal((float(smallest), int(count)), expected)
 
 
-def test_one_unknown_learning_rate_leaves_no_window():
-    terms = replace(terms_of([1.0, 1.0, 1.0]), learning_rate=np.array([1.0, 1.0, np.nan]))
+@pytest.mark.parametrize(("alignment", "expected"), [(1.0, (1.0, 3)), (-0.5, (np.nan, 0))])
+def test_one_unknown_learning_rate_leaves_only_windows_of_one_update(alignment, expected):
+    terms = replace(terms_of([1.0, alignment, 1.0]), learning_rate=np.array([1.0, np.nan, 1.0]))
     smallest, count = smallest_effective(terms, np.ones(2, bool), 3)
-    np.testing.assert_equal((float(smallest), int(count)), (np.nan, 0))
+    np.testing.assert_equal((float(smallest), int(count)), expected)
 
 
 @given(

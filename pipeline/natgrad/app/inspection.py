@@ -57,7 +57,8 @@ NEEDED_FOR: dict[str, tuple[str, str]] = {
         "log them (natgrad.Recorder, or a hook of the trainer), and add that log as another SOURCE",
     ),
     "learning_rate": (
-        "all metrics, because g is the update divided by the learning rate",
+        "eigenvalues, bounds, norms of g = displacement / learning rate, and windows of several updates; angles "
+        "and condition numbers of single updates do not depend on it",
         "set it with --learning-rate",
     ),
     "loss": (

@@ -549,7 +549,8 @@ def _scalars_not_stored(trajectory: Trajectory | None, contents: dict[LoggedStep
 def _missing_scalars(trajectory: Trajectory) -> list[str]:
     remedies = {
         "loss": "results that need it are NaN with status unverifiable",
-        "learning_rate": "pass it with --learning-rate; without it no metric exists",
+        "learning_rate": "pass it with --learning-rate; only the angles and condition numbers of single updates "
+        "do not depend on it",
     }
     missing = []
     follows, incomplete = np.append(trajectory.spans() > 0, False), trajectory.lacking()

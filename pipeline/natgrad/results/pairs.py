@@ -66,7 +66,9 @@ class Aggregation:
     dimensions : tuple of str
         Dimensions of the arrays: (step,) for the model, (step, tensor) for tensors.
     rate : array
-        eta times the number of updates between the two logged states.
+        eta times the number of updates between the two logged states, or 1 if eta is not known.
+    rate_known : bool array
+        False if eta is not known. The direction of g does not depend on it, but its length does.
     pair : Pair
     finite : bool array
         False if the parameters or gradients are not finite.
@@ -81,6 +83,7 @@ class Aggregation:
 
     dimensions: tuple[str, ...]
     rate: Array
+    rate_known: NDArray[np.bool_]
     pair: Pair
     finite: NDArray[np.bool_]
     known: NDArray[np.bool_]
@@ -95,13 +98,14 @@ class Aggregation:
         """Return the pairs of no update."""
         none = np.empty((0, tensors) if TENSOR in dimensions else 0)
         size, flag = none.astype(np.int64), none.astype(bool)
-        return cls(dimensions, none, Pair(none, none, none, size), flag, flag, none, none, none, none, none)
+        pair = Pair(none, none, none, size)
+        return cls(dimensions, none, flag, pair, flag, flag, none, none, none, none, none)
 
     def window_terms(self, updates: slice) -> WindowTerms:
-        """Return the terms of some updates that determine the status of windows."""
+        """Return the terms of some updates that determine the status of windows of any length."""
         return WindowTerms(
             self.pair[updates],
-            self.rate[updates],
+            np.where(self.rate_known, self.rate, np.nan)[updates],
             self.update_floor[updates],
             self.finite[updates],
             self.known[updates],
@@ -144,6 +148,8 @@ def _uncorrected(table: UpdateTable, estimate: GradientEstimate) -> tuple[Aggreg
     rate = (table.learning_rate * table.spans)[:, None]
     own = table.tensor_learning_rate
     own_rate = rate if own is None else own * table.spans[:, None]
+    known_rate, known_own_rate = ~np.isnan(rate), ~np.isnan(own_rate)
+    rate, own_rate = np.where(known_rate, rate, 1.0), np.where(known_own_rate, own_rate, 1.0)
     sizes, roundoff, underflow = _rounding(layout)
     of_tensors = geometry.pair(gram, vectors, rate, sizes, half=half)
     of_model = geometry.direct_sum([of_tensors[:, tensor] for tensor in range(len(layout.tensors))])
@@ -168,6 +174,7 @@ def _uncorrected(table: UpdateTable, estimate: GradientEstimate) -> tuple[Aggreg
     tensors = Aggregation(
         (STEP, TENSOR),
         np.broadcast_to(own_rate, finite.shape),
+        np.broadcast_to(known_own_rate, finite.shape),
         of_tensors,
         finite,
         known,
@@ -180,6 +187,7 @@ def _uncorrected(table: UpdateTable, estimate: GradientEstimate) -> tuple[Aggreg
     model = Aggregation(
         (STEP,),
         rate[:, 0],
+        known_rate[:, 0],
         of_model,
         np.asarray(finite.all(axis=1)),
         np.asarray(known.all(axis=1)),
@@ -239,10 +247,15 @@ def _with_time(
     """Extend the model by time, in the runs that log dL/dt."""
     if slope is None:
         return model
-    columns = zip(astuple(geometry.with_time(model.pair, slope)), astuple(model.pair), strict=True)
+    # The direction of an update extended by time depends on eta.
+    rate = np.where(extended & ~model.rate_known, np.nan, model.rate)
+    with_time = geometry.with_time(model.pair, slope)
+    with_time = replace(with_time, alignment=np.where(np.isnan(rate), np.nan, with_time.alignment))
+    columns = zip(astuple(with_time), astuple(model.pair), strict=True)
     norm = model.gradient_norm
     return replace(
         model,
+        rate=rate,
         pair=Pair(*(np.where(extended, new, old) for new, old in columns)),
         finite=model.finite & ~(extended & np.isinf(slope)),
         # A Hessian-vector product of the parameters does not include the change of the gradient with time.
@@ -293,7 +306,7 @@ def without_decay(
             -discrete_time.correction(before.rate, table.comparable_next_loss - table.loss, before.pair)
             / before.rate
         )
-    share = _decayed_share(table, tensors.rate)
+    share = _decayed_share(table, np.where(tensors.rate_known, tensors.rate, np.nan))
     rest = _rest(gram, index, share, correction[:, None])
     cancelled, length = rest.cancelled, rest.length
     sizes, roundoff, underflow = _rounding(table.layout)

@@ -120,14 +120,21 @@ class Updates:
     @cached_property
     def status(self) -> NDArray[np.int8]:
         """Values of `natgrad.schema.variables.Status`."""
+        # The smallest rate represents the window: it is NaN if any rate is, and not positive if any is not.
+        rate = windows.consecutive(self.aggregation.rate, self.m).min(axis=-1)
         return geometry.status(
             self.pair,
-            # The smallest rate represents the window: it is NaN if any rate is, and not positive if any is not.
-            learning_rate=windows.consecutive(self.aggregation.rate, self.m).min(axis=-1),
+            # The direction of the update of a window depends on the ratios of the rates.
+            learning_rate=rate if self.m == 1 else np.where(self.rate_known, rate, np.nan),
             finite=windows.consecutive(self.aggregation.finite, self.m).all(axis=-1),
             known=windows.consecutive(self.aggregation.known, self.m).all(axis=-1),
             update_floor=self.update_floor,
         )
+
+    @cached_property
+    def rate_known(self) -> NDArray[np.bool_]:
+        """True if the learning rates of all updates of the window are known."""
+        return np.asarray(windows.consecutive(self.aggregation.rate_known, self.m).all(axis=-1))
 
     @cached_property
     def has_angle(self) -> NDArray[np.bool_]:
@@ -243,6 +250,8 @@ class UpdateVariable(Variable):
         Estimates of the negative gradient for which it is defined.
     defined : Defined
         Updates at which it is defined.
+    needs_rate : bool
+        It depends on the learning rate, and is not defined at updates for which this is not known.
     fill : float, int or bool
         Value where the variable is not defined, and for windows that extend past the end of the run or a restart.
     comment : callable, optional
@@ -254,6 +263,7 @@ class UpdateVariable(Variable):
     aggregations: tuple[str, ...] = MODEL_AND_TENSORS
     descents: tuple[str, ...] = DESCENTS
     defined: Defined = Defined.ALWAYS
+    needs_rate: bool = False
     fill: float = np.nan
     comment: Callable[[Updates], str] | None = None
 
@@ -269,7 +279,7 @@ class UpdateVariable(Variable):
                 f"variable {self.name!r} has unknown or unordered dimensions {self.dimensions}",
                 remedy=f"use dimensions from {', '.join(_AXES)}, in this order",
             )
-        required = {STEP, TENSOR} if self.defined is not Defined.ALWAYS else set()
+        required = {STEP, TENSOR} if self.defined is not Defined.ALWAYS or self.needs_rate else set()
         required |= {STEP, TENSOR, DESCENT} if self.descents != DESCENTS else set()
         if not required <= {*self.dimensions}:
             raise InputError(
@@ -294,9 +304,11 @@ class UpdateVariable(Variable):
         self._require_shape(values, updates)
         if values.dtype.kind in "iub" and np.isnan(self.fill) and self._may_be_undefined:
             values = values.astype(np.float64)
-        if self.defined is Defined.ALWAYS and updates.descent in self.descents:
+        if self.defined is Defined.ALWAYS and updates.descent in self.descents and not self.needs_rate:
             return values
         mask: NDArray[np.bool_] = np.full(updates.status.shape, updates.descent in self.descents)
+        if self.needs_rate:
+            mask &= updates.rate_known
         if self.defined is Defined.IN_RANGE:
             mask &= updates.in_range
         elif self.defined is Defined.WITH_ANGLE:
@@ -311,7 +323,7 @@ class UpdateVariable(Variable):
 
     @property
     def _may_be_undefined(self) -> bool:
-        everywhere = self.defined is Defined.ALWAYS and self.descents == DESCENTS
+        everywhere = self.defined is Defined.ALWAYS and self.descents == DESCENTS and not self.needs_rate
         return WINDOW in self.dimensions or not everywhere
 
     def _require_shape(self, values: NDArray[Any], updates: Updates) -> None:

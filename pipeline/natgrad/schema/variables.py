@@ -67,9 +67,9 @@ class Status(enum.IntEnum):
     """Reasons why a metric does or does not exist: the CF flag values of the variable ``status``.
 
     If several apply, the first in this order is used: not_logged (this run of a sweep did not log the step),
-    non_finite, no_learning_rate, overflow, zero_gradient, zero_update, unverifiable because a loss, a gradient or
-    a Hessian-vector product is missing, underflow, unverifiable because of rounding, and then the sign of the
-    alignment.
+    non_finite, no_learning_rate (it is not positive; or it is not known, and the direction of g depends on it),
+    overflow, zero_gradient, zero_update, unverifiable because a loss, a gradient or a Hessian-vector product is
+    missing, underflow, unverifiable because of rounding, and then the sign of the alignment.
     """
 
     EFFECTIVE = 0

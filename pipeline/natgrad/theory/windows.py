@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -54,7 +54,8 @@ class WindowTerms:
     ----------
     pair : Pair, shape (updates, ...)
     learning_rate, update_floor : array, shape (updates, ...)
-        eta times the number of updates between the two logged states, and the largest error of g.
+        eta times the number of updates between the two logged states, and the largest error of g. If eta is not
+        known, it is NaN, and the pair and the error are those for any eta.
     finite, known : bool array, shape (updates, ...)
     """
 
@@ -156,7 +157,8 @@ def effective_lengths(
     and a comparison for most of them, because each of its steps is a proof about the status:
 
     - A window with an update that is not finite or not known, or without a positive learning rate, is not
-      effective.
+      effective. If a learning rate is not known, this holds for windows of several updates: the direction of a
+      single update does not depend on it.
     - The windows that start at the largest prefix sum of y.g are the least likely to be effective. Their statuses
       are computed for all lengths, which refutes most lengths.
     - Let p be prefix sums of N values of y.g, and S the sum of their absolute values. A prefix sum and the sum over
@@ -182,6 +184,10 @@ def effective_lengths(
             for start in range(first, min(last, starts), _STARTS_AT_ONCE):
                 count = min(_STARTS_AT_ONCE, min(last, starts) - start)
                 _refute(effective, flat.part(slice(start, min(start + count + longest - 1, last))), count)
+        if np.isnan(flat.learning_rate[:starts]).any():
+            single = flat.part(slice(0, starts))
+            rate = np.where(np.isnan(single.learning_rate), 1.0, single.learning_rate)
+            effective[0] = _is_effective(replace(single, learning_rate=rate)).all(axis=0)
     return effective.reshape(longest, *shape[1:])
 
 
