@@ -238,6 +238,9 @@ def _window_facts(run: figures.RunResults) -> dict[str, str]:
         if caution and not objective.comparable:
             facts[text] = caution
             continue
+        if name == "effective_window" and not run.has_gradient:
+            facts[text] = "not known without gradients"
+            continue
         found = run.model[[name, f"{name}_count"]]
         if DESCENT in found.dims:
             found = found.sel({DESCENT: DESCENTS[0]})
