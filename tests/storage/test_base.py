@@ -167,6 +167,22 @@ def test_a_tree_is_replaced_and_removed(storage):
     assert storage.walk() == []
 
 
+def test_a_prepared_tree_replaces_the_old_one_and_takes_over_its_entries(storage):
+    storage.put_entries({"zarr.json": b"old", "a/zarr.json": b"a", "a/c/0": b"kept", "b/c/0": b"removed"})
+    with storage.staging() as staged:
+        staged.adopt(storage, ["a/c/0"])
+        staged.put_entries({"zarr.json": b"new", "a/zarr.json": b"a", "a/c/1": b"added"})
+    # A prepared tree outlives its preparation, and until it replaces the old one, readers see the old one.
+    assert (storage / "zarr.json").get() == b"old"
+    with storage.staging() as staged:
+        assert staged.walk() == ["a/c/0", "a/c/1", "a/zarr.json", "zarr.json"]
+        storage.replace_with(staged, "zarr.json")
+        assert not staged.exists()
+    assert storage.walk() == ["a/c/0", "a/c/1", "a/zarr.json", "zarr.json"]
+    names = ["zarr.json", "a/c/0", "a/c/1"]
+    assert storage.get_entries(names) == [b"new", b"kept", b"added"]
+
+
 def test_segments_of_an_entry_are_written_in_sequence(storage):
     entry, writes = storage / "c/0", storage.writes()
     writes.write_segment(entry, 0, memoryview(b"abc"), 6)
