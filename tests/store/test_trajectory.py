@@ -558,6 +558,7 @@ def test_a_changed_state_is_rejected_with_its_array_and_step(path):
     counts=st.lists(st.integers(1, 4), min_size=1, max_size=12),
     ranges=st.lists(st.tuples(st.integers(0, 48), st.integers(0, 48)), min_size=1, max_size=4),
 )
+@settings(max_examples=30)  # each makes a store
 def test_checksums_of_a_range_are_read_from_its_own_records(tmp_path_factory, counts, ranges):
     path, arrays = tmp_path_factory.mktemp("committed") / "trajectory.zarr", walk_arrays(sum(counts), ELEMENTS)
     stops = np.cumsum(counts)
