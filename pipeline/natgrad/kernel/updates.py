@@ -66,10 +66,11 @@ def refresh_products(
     -----
     The compiled kernel releases the interpreter lock.
     """
-    for arrays in zip(before, after, gradient, strict=True):
-        if len({array.shape for array in arrays}) > 1 or arrays[0].dtype != arrays[1].dtype:
-            raise ValueError(f"arrays of a tensor differ: {[(array.shape, array.dtype) for array in arrays]}")
-        if not all(array.ndim == 1 and array.flags.c_contiguous for array in arrays):
+    for old, new, slope in zip(before, after, gradient, strict=True):
+        if not old.shape == new.shape == slope.shape or old.dtype != new.dtype:
+            described = ", ".join(f"{array.dtype} {array.shape}" for array in (old, new, slope))
+            raise ValueError(f"arrays of a tensor differ: {described}")
+        if old.ndim != 1 or not (old.flags.c_contiguous and new.flags.c_contiguous and slope.flags.c_contiguous):
             raise ValueError("arrays must be one-dimensional and contiguous")
     if is_compiled():
         return _compiled_products(before, after, gradient)

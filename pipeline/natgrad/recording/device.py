@@ -30,7 +30,7 @@ def device_products(
     Parameters
     ----------
     before, after, gradient : sequences of torch.Tensor
-        One-dimensional tensors on a device that has float64. Those before the update are overwritten.
+        Contiguous tensors on a device that has float64. Those before the update are overwritten.
 
     Returns
     -------
@@ -42,7 +42,7 @@ def device_products(
     rows, counts = [], []
     with torch.no_grad():
         for tensors in zip(before, after, gradient, strict=True):
-            blocks = [tensor.split(_BLOCK) for tensor in tensors] if tensors[0].numel() else [()] * 3
+            blocks = [tensor.reshape(-1).split(_BLOCK) for tensor in tensors] if tensors[0].numel() else [()] * 3
             counts.append(len(blocks[0]))
             rows += [_block_products(*block) for block in zip(*blocks, strict=True)]
             tensors[0].copy_(tensors[1])

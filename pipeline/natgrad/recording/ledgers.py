@@ -40,7 +40,7 @@ class _Copy:
     Attributes
     ----------
     parameter : torch.nn.Parameter
-    flat : torch.Tensor, one-dimensional
+    values : torch.Tensor
         The copy.
     gradient_dtype : str
         Dtype of the gradient.
@@ -63,31 +63,47 @@ class _Copy:
         # The order of a product does not matter, but it must be the same for the parameter and the gradient.
         order = sorted(range(part.ndim), key=lambda axis: -part.stride(axis))
         self._order = None if part.is_contiguous() else order
-        self.flat, self.gradient_dtype = self.of(part).clone(), dtype_name(part)
+        self.values, self.gradient_dtype = self.of(part).clone(), dtype_name(part)
+        self._now = self.of(part)
+        self._arrays: tuple[Any, NDArray[Any], NDArray[Any]] | None = None
 
     def of(self, tensor: Any) -> Any:
         """Return the elements of the parameter or its gradient in this order, without a copy if possible."""
         part = local_part(tensor).detach()
-        return (part if self._order is None else part.permute(self._order)).reshape(-1)
+        return (part if self._order is None else part.permute(self._order)).contiguous()
 
     def now(self) -> Any:
         """Return the elements of the parameter."""
-        found = self.of(self.parameter)
-        if found.dtype != self.flat.dtype or found.device != self.flat.device or found.shape != self.flat.shape:
+        part = local_part(self.parameter)
+        if part.data_ptr() == self._now.data_ptr() and part.dtype is self._now.dtype:
+            return self._now  # the same memory, so that it has the new values
+        self._now = found = self.of(part)
+        if (
+            found.dtype != self.values.dtype
+            or found.device != self.values.device
+            or found.shape != self.values.shape
+        ):
             raise InputError(
-                f"parameter {self._name!r} was {self.flat.dtype} on {self.flat.device} with "
-                f"{self.flat.numel()} elements, and is {found.dtype} on {found.device} with {found.numel()}",
+                f"parameter {self._name!r} was {self.values.dtype} on {self.values.device} with "
+                f"{self.values.numel()} elements, and is {found.dtype} on {found.device} with {found.numel()}",
                 why="the model was converted or moved during the recording",
                 remedy="call natgrad.watch again after that, with first_step=N",
             )
         return found
+
+    def arrays(self) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Return the copy and the parameter as flat arrays that share their memory, which must be on the host."""
+        now = self.now()
+        if self._arrays is None or self._arrays[0] is not now:
+            self._arrays = now, flat_array(self.values), flat_array(now)
+        return self._arrays[1:]
 
     def gradient(self) -> Any:
         """Return the elements of the gradient, or zeros without one; not a copy if possible."""
         gradient = self.parameter.grad
         if gradient is None:
             # The loss does not depend on this parameter, and the optimizer does not change it.
-            return self.flat.new_zeros(self.flat.shape)
+            return self.values.new_zeros(self.values.shape)
         part = local_part(gradient)
         require_dense(part, f"gradient {self._name!r}")
         if part.shape != local_part(self.parameter).shape:
@@ -148,7 +164,7 @@ class LedgerRecording:
             if copy is None:
                 self._copies[name] = _Copy(parameter, name)
             elif changed or copy.number != update.number:
-                copy.flat.copy_(copy.now())
+                copy.values.copy_(copy.now())
 
     def evaluated(self, update: Update, optimizer: Any, selection: Selection) -> None:
         """Take references to the gradients, or copy them if the optimizer may change them."""
@@ -175,9 +191,7 @@ class LedgerRecording:
             return
         gradients = update.values("gradient")
         gram, ratio = self._products(
-            [self._copies[name].flat for name in names],
-            [self._copies[name].now() for name in names],
-            [gradients.pop(name) for name in names],
+            [self._copies[name] for name in names], [gradients.pop(name) for name in names]
         )
         ledgers = update.values("ledger")
         for index, name in enumerate(names):
@@ -185,13 +199,14 @@ class LedgerRecording:
             self._copies[name].number = update.number + 1
 
     def _products(
-        self, before: list[Any], after: list[Any], gradient: list[Any]
+        self, copies: list[_Copy], gradients: list[Any]
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        if any(tensor.device.type != "cpu" for tensor in before):
-            self._report(f"by PyTorch ({before[0].device})")
-            return device_products(before, after, gradient)
+        if any(copy.values.device.type != "cpu" for copy in copies):
+            self._report(f"by PyTorch ({copies[0].values.device})")
+            return device_products([one.values for one in copies], [one.now() for one in copies], gradients)
         self._report("by numba" if is_compiled() else "by NumPy, because numba is not installed")
-        return refresh_products(*([_words(tensor) for tensor in each] for each in (before, after, gradient)))
+        before, after = zip(*(copy.arrays() for copy in copies), strict=True)
+        return refresh_products(before, after, [flat_array(gradient) for gradient in gradients])
 
     def _report(self, kernel: str) -> None:
         if not self._reported:
@@ -229,7 +244,7 @@ class LedgerRecording:
             RecordedTensor(
                 name,
                 tuple(copy.parameter.shape),
-                dtype_name(copy.flat),
+                dtype_name(copy.values),
                 copy.gradient_dtype,
                 groups[name],
             )
@@ -265,12 +280,9 @@ def dtype_name(tensor: Any) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _words(tensor: Any) -> NDArray[Any]:
-    """Return a tensor in host memory as an array that shares its memory: bfloat16 as uint16."""
+def flat_array(tensor: Any) -> NDArray[Any]:
+    """Return a contiguous tensor in host memory as an array that shares its memory: bfloat16 as uint16."""
     import torch
 
-    if tensor.dtype is torch.bfloat16:
-        words: NDArray[Any] = tensor.view(torch.int16).numpy().view(np.uint16)
-        return words
-    array: NDArray[Any] = tensor.numpy()
-    return array
+    array: NDArray[Any] = (tensor.view(torch.uint16) if tensor.dtype is torch.bfloat16 else tensor).numpy()
+    return array.reshape(-1)
