@@ -69,6 +69,7 @@ cluster-test: install
 bench: install
 	$(BIN)/python -m benchmarks
 	$(BIN)/python -m benchmarks.scanning
+	$(BIN)/python -m benchmarks.recording
 	$(BIN)/python -m benchmarks.scale --steps 1e3
 
 lint: install

@@ -639,6 +639,42 @@ def test_arguments_are_checked_before_training(tmp_path, arguments, message):
     assert not (tmp_path / "log").exists()
 
 
+ZERO = """
+import logging, warnings
+warnings.simplefilter("ignore")
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+import torch
+import natgrad
+
+model = torch.nn.Linear(3, 2)
+optimizer = object.__new__(DeepSpeedZeroOptimizer)
+optimizer.optimizer = torch.optim.SGD(model.parameters(), lr=0.1)  # DeepSpeed passes it parts of parameters
+
+class Wrapper(torch.optim.Optimizer):
+    def __init__(self):
+        self.optimizer = optimizer
+
+for one in (optimizer, Wrapper()):
+    try:
+        natgrad.watch(one, "log", model=model)
+    except natgrad.InputError as error:
+        print(error.what, error.remedy, sep="|")
+"""
+
+
+def test_optimizers_of_deepspeed_and_megatron_are_refused_with_what_to_do(tmp_path):
+    done = subprocess.run([sys.executable, "-c", ZERO], cwd=tmp_path, capture_output=True, text=True, check=True)
+    lines = [line.split("|") for line in done.stdout.splitlines() if "|" in line]
+    assert [what for what, _ in lines] == ["the optimizer is one of deepspeed (DeepSpeedZeroOptimizer)"] * 2
+    assert all("safe_get_full_fp32_param and safe_get_full_grad" in remedy for _, remedy in lines)
+    # Megatron is not among the libraries of the tests.
+    megatron = type("DistributedOptimizer", (), {"__module__": "megatron.core.optimizer"})()
+    with pytest.raises(InputError, match=r"(?s)one of megatron \(DistributedOptimizer\).*process the checkpoints"):
+        natgrad.watch(megatron, tmp_path / "log")
+    assert not (tmp_path / "log").exists()
+
+
 def test_a_folder_with_steps_is_continued_on_request_only(tmp_path):
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -581,8 +581,10 @@ def _listed(optimizer: Any) -> list[Any]:
 def _unwrapped(optimizer: Any, torch: Any) -> Any:
     """Return the optimizer inside wrappers."""
     base, inner = torch.optim.Optimizer, optimizer
-    while isinstance(wrapped := getattr(inner, "optimizer", None), base):
+    _require_own_parameters(inner)
+    while isinstance(wrapped := getattr(inner, "optimizer", None), base) or _library(wrapped) in _PARTITIONING:
         inner = wrapped
+        _require_own_parameters(inner)
     if not isinstance(inner, base):
         raise InputError(
             f"the optimizer must be a torch.optim.Optimizer, got {shown(optimizer)}",
@@ -591,6 +593,30 @@ def _unwrapped(optimizer: Any, torch: Any) -> Any:
             remedy="pass the optimizer of PyTorch; record other training loops with natgrad.Recorder",
         )
     return inner
+
+
+_PARTITIONING = {
+    "deepspeed": "between the backward pass and the step, record deepspeed.utils.safe_get_full_fp32_param and "
+    "safe_get_full_grad of each parameter with natgrad.Recorder, or process the checkpoints of the run "
+    "(natgrad formats)",
+    "megatron": "process the checkpoints of the run (natgrad formats)",
+}
+"""Libraries whose optimizers update parts of flattened parameters, and what to do instead."""
+
+
+def _library(value: Any) -> str:
+    return type(value).__module__.partition(".")[0]
+
+
+def _require_own_parameters(optimizer: Any) -> None:
+    """Refuse optimizers whose parameters are not those of the model."""
+    if (library := _library(optimizer)) in _PARTITIONING:
+        raise InputError(
+            f"the optimizer is one of {library} ({type(optimizer).__name__})",
+            where="argument optimizer",
+            why="it updates parts of flattened parameters, and the gradients of the model are None when it steps",
+            remedy=_PARTITIONING[library],
+        )
 
 
 def _stepping() -> list[Any]:
