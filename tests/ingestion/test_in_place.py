@@ -19,6 +19,7 @@ from natgrad.compute.plan import PlanLimits
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import IngestLimits, LedgerChunk
 from natgrad.schema.names import ATTEMPT
+from natgrad.storage import open_storage
 from natgrad.store import copies, open_ledger, open_store, open_trajectory
 from opened import compute_ledger, ingest, verify_ledger, verify_trajectory
 
@@ -252,6 +253,23 @@ def test_many_files_need_few_descriptors(tmp_path):
     assert content(tmp_path / "placed") == content(tmp_path / "copied")
     written = sum(path.stat().st_size for path in (tmp_path / "placed/trajectory.zarr/commits").iterdir())
     assert written < 100 * 300  # the locations of equal files are stored once
+
+
+def test_a_log_in_an_object_store_is_read_in_place(tmp_path, url):
+    log = write_log(tmp_path / "log", random_walk(STATES, TENSORS))
+    objects = open_storage(url) / "log"
+    objects.put_entries({path.name: path.read_bytes() for path in log.iterdir()})
+    process(log, tmp_path / "copied", **SMALL)
+    process(str(objects), tmp_path / "placed", in_place=True, **SMALL)
+    assert content(tmp_path / "placed") == content(tmp_path / "copied")
+    assert not copied_arrays(tmp_path / "placed")
+    changed = bytearray((objects / "step_4.safetensors").get())
+    changed[-1] ^= 1
+    (objects / "step_4.safetensors").put(bytes(changed))
+    shutil.rmtree(tmp_path / "placed/ledger.zarr")
+    with pytest.raises(InputError, match=r"checksum mismatch|it was changed after it was recorded") as caught:
+        compute_ledger(tmp_path / "placed/trajectory.zarr", tmp_path / "placed/ledger.zarr")
+    assert caught.value.where == str(objects / "step_4.safetensors")
 
 
 # Changed files -------------------------------------------------------------------------------------------------

@@ -194,15 +194,15 @@ def write_npz_stack(folder, states):
     return [folder / "run.npz"]
 
 
-def save_zarr(path, state, version=3):
+def save_zarr(path, state, version=3, mode="w", **options):
     # Like a chunk that was never written, which has no value.
     with zarr.config.set({"array.write_empty_chunks": True}):
-        group = zarr.open_group(path, mode="w", zarr_format=version)
+        group = zarr.open_group(path, mode=mode, zarr_format=version)
         for key, value in state.items():
             value = np.asarray(value)
             bits = value.dtype.name == "bfloat16"
             chunks = {"chunks": tuple(-(-length // 2) for length in value.shape)} if value.size else {}
-            array = group.create_array(key, data=value.view(np.uint16) if bits else value, **chunks)
+            array = group.create_array(key, data=value.view(np.uint16) if bits else value, **{**chunks, **options})
             if bits:
                 array.attrs["ml_dtype"] = "bfloat16"
 
@@ -285,6 +285,31 @@ def test_every_format_of_a_run_gives_the_same_ledger(tmp_path, native, writer):
         assert next(known for known, format in FORMATS.items() if format.find(sources[0])) == name
         assert ledger_of(tmp_path / "again", sources, format=name, in_place=True) == expected
         assert has_copies(tmp_path / "again") == (writer in COPIED)
+
+
+@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.parametrize("stack", [False, True])
+def test_uncompressed_chunks_of_complete_rows_stay_in_place(tmp_path, version, stack):
+    states = run_of("float32")
+    expected = ledger_of(tmp_path / "native", write_native(tmp_path / "log", states))
+    plain = {"version": version, "compressors": None}
+    if stack:
+        save_zarr(tmp_path / "run.zarr", stacked(states), chunks="auto", **plain)
+        source = tmp_path / "run.zarr"
+    else:
+        for step, state in enumerate(states):
+            for key, value in state.items():
+                chunks = tuple(max(1, n // 2 if axis == 0 else n) for axis, n in enumerate(np.shape(value)))
+                save_zarr(
+                    tmp_path / "many" / f"step_{step}.zarr",
+                    {key: value},
+                    chunks=chunks or "auto",
+                    mode="a",
+                    **plain,
+                )
+        source = tmp_path / "many"
+    assert ledger_of(tmp_path / "in place", [source], in_place=True) == expected
+    assert not has_copies(tmp_path / "in place")
 
 
 @pytest.fixture(scope="module")

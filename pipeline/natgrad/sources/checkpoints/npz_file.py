@@ -201,6 +201,12 @@ class NpzStack(NpzFile):
             else:
                 self._read_stream(key, start, out)
 
+    def ranges(self, key: str) -> list[ByteRange] | None:
+        """Return where the elements of an array are; see `natgrad.sources.base.Ranged`."""
+        if key not in self._starts:
+            return None
+        return [ByteRange(self.step.storage, self._starts[key], math.prod(self.tensors[key].shape))]
+
     def _read_stream(self, key: str, start: int, out: NDArray[Any]) -> None:
         file, position = self._streams.pop(key, (None, 0))
         if file is not None and position > start:

@@ -6,9 +6,10 @@ reads into a buffer, supports bfloat16, and reads the key-value store of Orbax.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,21 @@ from typing import Any
 from numpy.typing import NDArray
 
 from natgrad.schema.errors import InputError
+from natgrad.schema.layout import storage_dtype
 from natgrad.sources.bounds import JSON_LIMIT, Budget, parse_json, read_limited, surveyed
+from natgrad.sources.byte_ranges import ByteRange, of_boxes
 from natgrad.sources.container import Container, boxes, read_errors
 from natgrad.sources.steps import LoggedStep, LoggedTensor, where
+from natgrad.storage import LocalStorage
 
 __all__ = ["ZarrArrays", "ZarrGroup", "holds_zarr", "read_object"]
 
 _FORM = "a Zarr group"
 _CHUNK_LIMIT = 1 << 29
 _ARRAYS_LIMIT = 1 << 16
+_FILES_LIMIT = 1 << 10
+"""Most chunks of an array that are read from their files. With more, it is faster to copy the array."""
+
 _VERSION_2, _VERSION_3 = ".zarray", "zarr.json"
 
 
@@ -184,6 +191,7 @@ class ZarrGroup(ZarrArrays):
 
     def __init__(self, step: LoggedStep, *, stacked: bool = False) -> None:
         super().__init__(step, _FORM, stacked=stacked)
+        self._ranges: dict[str, list[ByteRange] | None] = {}
         with read_errors(step, _FORM):
             size, links = surveyed(step.path)
             self.budget = Budget(size)
@@ -215,9 +223,63 @@ class ZarrGroup(ZarrArrays):
                 raise ValueError(f"it contains more than {_ARRAYS_LIMIT} arrays")
         return specs
 
+    def ranges(self, key: str) -> list[ByteRange] | None:
+        """Return where the elements of an array are; see `natgrad.sources.base.Ranged`."""
+        if key not in self._ranges:
+            with read_errors(self.step, _FORM, key):
+                self._ranges[key] = self._located(key)
+        return self._ranges[key]
+
+    def _located(self, key: str) -> list[ByteRange] | None:
+        folder, shape = self.step.path / key, self.tensors[key].shape
+        grid = _plain_chunks(folder)
+        counts = () if grid is None else [-(-n // size) for n, size in zip(shape, grid[0], strict=True)]
+        if grid is None or math.prod(counts) > _FILES_LIMIT:
+            return None
+        chunk, name_of = grid
+        itemsize = storage_dtype(self.tensors[key].dtype).itemsize
+        found = []
+        for index in itertools.product(*map(range, counts)):
+            offsets = tuple(i * size for i, size in zip(index, chunk, strict=True))
+            sizes = tuple(min(size, n - i) for size, n, i in zip(chunk, shape, offsets, strict=True))
+            file = LocalStorage(folder / name_of(index))
+            # A chunk at the end of an axis is padded. A chunk that was never written has no file.
+            if sizes[1:] != chunk[1:] or not file.exists() or file.stat().size != math.prod(chunk) * itemsize:
+                return None
+            found.append((offsets, sizes, ByteRange(file, 0, math.prod(sizes))))
+        return of_boxes(found, shape, itemsize)
+
     def _attributes(self, key: str) -> dict[str, Any]:
         folder = self.step.path / key
         if (folder / ".zattrs").is_file():
             return read_object(folder / ".zattrs")
         found = read_object(folder / _VERSION_3).get("attributes") if (folder / _VERSION_3).is_file() else None
         return found if isinstance(found, dict) else {}
+
+
+def _plain_chunks(folder: Path) -> tuple[tuple[int, ...], Callable[[tuple[int, ...]], str]] | None:
+    """Return the shape of the chunks of an array, and the function that names their files.
+
+    Returns None if the chunks are not little-endian numbers in C order.
+    """
+    if (folder / _VERSION_2).is_file():
+        found = read_object(folder / _VERSION_2)
+        plain = (found.get("order"), found.get("filters"), found.get("compressor")) == ("C", None, None)
+        separator, prefix = found.get("dimension_separator", "."), ""
+        if not plain or str(found["dtype"])[:1] not in ("<", "|"):
+            return None
+        chunk = tuple(found["chunks"])
+    else:
+        found = read_object(folder / _VERSION_3)
+        keys, grid = found["chunk_key_encoding"], found["chunk_grid"]
+        codecs = [{"name": "bytes", "configuration": {"endian": "little"}}]
+        if (found["codecs"], keys["name"], grid["name"]) != (codecs, "default", "regular"):
+            return None
+        separator, prefix = keys.get("configuration", {}).get("separator", "/"), "c"
+        chunk = tuple(grid["configuration"]["chunk_shape"])
+
+    def name_of(index: tuple[int, ...]) -> str:
+        parts = [*([prefix] if prefix else []), *map(str, index)]
+        return separator.join(parts) or "0"
+
+    return chunk, name_of
