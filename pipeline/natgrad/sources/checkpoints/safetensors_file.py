@@ -6,12 +6,14 @@ the NumPy interface of the library does not support bfloat16 and cannot fill an 
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,19 +22,33 @@ from safetensors import SafetensorError, safe_open
 from natgrad.sources.bounds import Budget, integer, parse_json, shown
 from natgrad.sources.byte_ranges import ByteRange
 from natgrad.sources.container import Container, ObjectRegion, Region, read_errors
-from natgrad.sources.steps import LoggedStep
+from natgrad.sources.steps import LoggedStep, LoggedTensor
 from natgrad.storage import Storage, open_regular, require_regular
 
 __all__ = ["SafetensorsFile"]
 
 _FORM = "a safetensors file"
 _NUMBER = re.compile(r"\s*[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+|inf|nan)(e[-+]?[0-9]+)?\s*", re.IGNORECASE)
+_METADATA = '{"__metadata__":'
 _LONGEST_HEADER = 100_000_008
 """Maximum length of a header that the library accepts."""
 _DTYPES = {"BF16": "bfloat16", "BOOL": "bool"}
 _DTYPES |= {f"F{bits}": f"float{bits}" for bits in (64, 32, 16)}
 _DTYPES |= {f"I{bits}": f"int{bits}" for bits in (64, 32, 16, 8)}
 _DTYPES |= {f"U{bits}": f"uint{bits}" for bits in (64, 32, 16, 8)}
+
+
+class _Tensors(NamedTuple):
+    """Descriptions of the tensors in a header, the offsets of their data, and the end of the last one."""
+
+    tensors: dict[str, LoggedTensor]
+    offsets: dict[str, int]
+    end: int
+
+
+_HEADERS_KEPT = 4
+_KNOWN: dict[str, _Tensors] = {}
+"""The last headers that were read, without metadata. Most files of a log differ in their metadata only."""
 
 
 class SafetensorsFile(Container):
@@ -79,15 +95,18 @@ class SafetensorsFile(Container):
 
     def _describe(self, head: bytes) -> None:
         self.budget = Budget(self._region.length)
-        header: dict[str, Any] = parse_json(head[8:], "the header", self.budget)
-        metadata = header.pop("__metadata__", None) or {}
-        self._data, self._offsets = len(head), {}
-        for key, entry in header.items():
-            first, last = (integer(offset, f"an offset of {shown(key)}") for offset in entry["data_offsets"])
-            if not first <= last <= self._region.length - self._data:
-                raise ValueError(f"the data of {shown(key)} exceed the file")
-            self.add(key, entry["shape"], _DTYPES.get(entry["dtype"], entry["dtype"]))
-            self._offsets[key] = first
+        self._data = len(head)
+        text = head[8:].decode("utf-8")
+        metadata, tensors = _divided(text)
+        known = _KNOWN.get(tensors)
+        if known is None or known.end > self._region.length - self._data:
+            header: dict[str, Any] = parse_json(text, "the header", self.budget)
+            metadata = header.pop("__metadata__", None) or {}
+            known = self._parsed(header)
+            while len(_KNOWN) >= _HEADERS_KEPT:
+                _KNOWN.pop(next(iter(_KNOWN)), None)
+            _KNOWN[tensors] = known
+        self.tensors, self._offsets = dict(known.tensors), known.offsets
         for key, text in metadata.items():
             if key in self.tensors:
                 continue
@@ -96,6 +115,17 @@ class SafetensorsFile(Container):
                 self.aliases[key] = str(text)
             elif _NUMBER.fullmatch(str(text)):
                 self.numbers[key] = float(text)
+
+    def _parsed(self, header: Mapping[str, Any]) -> _Tensors:
+        """Check and return the descriptions of the tensors."""
+        offsets, end = {}, 0
+        for key, entry in header.items():
+            first, last = (integer(offset, f"an offset of {shown(key)}") for offset in entry["data_offsets"])
+            if not first <= last <= self._region.length - self._data:
+                raise ValueError(f"the data of {shown(key)} exceed the file")
+            self.add(key, entry["shape"], _DTYPES.get(entry["dtype"], entry["dtype"]))
+            offsets[key], end = first, max(end, last)
+        return _Tensors(self.tensors, offsets, end)
 
     def read(self, key: str, start: int, out: NDArray[Any]) -> None:
         """Read elements of a tensor into a buffer; see `natgrad.sources.base.StepReader`."""
@@ -124,6 +154,15 @@ def _head(region: Region | ObjectRegion) -> bytes:
     head = np.empty(size, np.uint8)
     region.fill(0, head)
     return head.tobytes()
+
+
+def _divided(text: str) -> tuple[dict[str, str], str]:
+    """Divide a header, which the library has validated, into its metadata and the text of all other entries."""
+    if not text.startswith(_METADATA):
+        return {}, text
+    metadata, end = json.JSONDecoder().raw_decode(text, len(_METADATA))
+    # JSON may contain a name twice.
+    return (metadata or {}, text[end:]) if _METADATA[1:] not in text[end:] else ({}, text)
 
 
 def _require_valid(path: Path) -> None:
