@@ -151,10 +151,8 @@ class RecordedChecksums:
             return np.empty((0, self._states.columns), np.uint32), np.empty(0, bool)
         kept = self._kept
         if kept is None or not kept.start <= start <= stop <= kept.start + len(kept.values[name]):
-            names = self._states.journal.names()
-            begin = max(bisect_right(names, start, key=self._record_start) - 1, 0)
             parts: list[KnownChecksums] = []
-            for part in self.each(begin):
+            for part in self.each(self._commit_of(start)):
                 if parts and part.start >= stop:
                     break
                 parts.append(part)
@@ -165,6 +163,10 @@ class RecordedChecksums:
             )
         rows = slice(start - kept.start, stop - kept.start)
         return kept.values[name][rows], kept.known[name][rows]
+
+    def _commit_of(self, state: int) -> int:
+        """Return the number of the commit that contains a state."""
+        return max(bisect_right(self._states.journal.names(), state, key=self._record_start) - 1, 0)
 
     def digests(self, chunks: Iterable[LedgerChunk], starts: NDArray[np.int64]) -> dict[LedgerChunk, str]:
         """Return the digest of the states from which each ledger chunk is computed, including the halo.
@@ -190,7 +192,7 @@ class RecordedChecksums:
         waiting = sorted(hashes, reverse=True)
         active: list[LedgerChunk] = []
         unknown: set[LedgerChunk] = set()
-        for found in self.each():
+        for found in self.each(self._commit_of(waiting[-1].start)) if waiting else ():
             start, stop = found.start, found.start + len(found.known[all_names[0]])
             # An update needs only some arrays of the state after it.
             of_end = {name: found.values[name] if name in ends else 0 * found.values[name] for name in all_names}
@@ -214,6 +216,8 @@ class RecordedChecksums:
                 if not (known[own].all() and end_known[end].all()):
                     unknown.add(chunk)
             active = [chunk for chunk in active if chunk.stop + 1 > stop]
+            if not waiting and not active:
+                break
         return {chunk: "" if chunk in unknown else each.hexdigest() for chunk, each in hashes.items()}
 
     def record(self, reads: Reads) -> None:
