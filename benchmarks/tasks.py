@@ -38,7 +38,7 @@ from natgrad.kernel.located import Located
 from natgrad.schema.layout import storage_dtype
 from natgrad.schema.names import ledger_vectors
 from natgrad.storage import open_storage
-from natgrad.store import open_ledger, open_store, open_trajectory
+from natgrad.store import exists, open_ledger, open_store, open_trajectory
 
 THREADS = 2
 STEPS_OF_A_BLOCK = 16
@@ -204,6 +204,15 @@ def metrics_pass(files: Files, executor: executors.Executor, trusting: bool = Fa
 
 
 @contextmanager
+def pass_in_place(files: Files, executor: executors.Executor) -> Iterator[Callable[[], Any]]:
+    """Run the pass over the files of the log. The first round also records the checksums."""
+    trajectory = open_store(files.folder / "in_place.zarr")
+    if not exists(trajectory):
+        ingest([open_storage(files.log)], trajectory, in_place=True)
+    yield partial(compute_ledger, trajectory, open_store(files.written / "ledger.zarr"), executor=executor)
+
+
+@contextmanager
 def metrics_pass_on_dask(files: Files, workers: int) -> Iterator[Callable[[], Any]]:
     """Run the pass on existing worker processes, like those of a user's cluster."""
     with (
@@ -285,13 +294,20 @@ def check_products(files: Files, found: xr.DataArray) -> None:
 
 
 @contextmanager
-def ingest_log(files: Files, sweep: bool = False) -> Iterator[Callable[[], Any]]:
-    yield partial(ingest, [open_storage(files.log)], open_store(files.written / "trajectory.zarr"), sweep=sweep)
+def ingest_log(files: Files, sweep: bool = False, in_place: bool = False) -> Iterator[Callable[[], Any]]:
+    trajectory = open_store(files.written / "trajectory.zarr")
+    yield partial(ingest, [open_storage(files.log)], trajectory, sweep=sweep, in_place=in_place)
 
 
 def check_trajectory(files: Files, _: Any) -> None:
     written = open_trajectory(files.written / "trajectory.zarr")
     assert written.fingerprint() == open_trajectory(files.trajectory).fingerprint()
+
+
+def check_states(files: Files, _: Any) -> None:
+    """Require the same number of states; a pass has not read them yet."""
+    written = open_trajectory(files.written / "trajectory.zarr")
+    assert written.n_states == open_trajectory(files.trajectory).n_states
 
 
 @contextmanager
@@ -442,6 +458,25 @@ def groups(sizes: Sequence[float]) -> dict[str, Group]:
                 "bfloat16": _pass("metrics pass, bfloat16", "bfloat16"),
             },
             [("zstd", "pass"), ("lz4", "pass"), ("bfloat16", "pass")],
+        ),
+        "in_place": Group(
+            {
+                "pass": _pass("metrics pass over copies"),
+                "in_place": Task(
+                    "metrics pass in place",
+                    partial(pass_in_place, executor=executors.serial),
+                    check_ledger,
+                    Files.logged,
+                ),
+                "ingest": _INGEST,
+                "ingest_in_place": replace(
+                    _INGEST,
+                    title="ingest in place",
+                    prepare=partial(ingest_log, in_place=True),
+                    check=check_states,
+                ),
+            },
+            [("in_place", "pass"), ("ingest_in_place", "ingest")],
         ),
         # Both tasks read the log from the page cache, and neither waits for a disk.
         IN_MEMORY: Group(
