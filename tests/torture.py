@@ -43,10 +43,10 @@ from natgrad.kernel import gram
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import IngestLimits
 from natgrad.schema.names import VECTORS
-from natgrad.store import open_ledger, open_trajectory
+from natgrad.store import copies, open_ledger, open_trajectory
 from opened import TIMES
 
-STEPS = 24
+STEPS, KILLED_COPIES = 24, 5
 TENSORS = {"layer.weight": (20, 30), "layer.bias": (20,), "scale": ()}
 INGEST = IngestLimits(chunk_elements=700, commit_bytes=1)
 PLAN = PlanLimits(tile_bytes=1, least_tile_bytes=1, least_updates=1)
@@ -64,6 +64,10 @@ def warm():
 def work(log, out, in_place=False):
     ingest_run(log, out, limits=INGEST, in_place=in_place)
     analyze_run(out, Analysis(workers=1), limits=PLAN)
+
+
+def copy_later(out):
+    copies.materialize(RunFolder.of(out).trajectory)
 
 
 def fork(task, *arguments):
@@ -174,6 +178,22 @@ def torture(folder, kills, seed, in_place=False):
         answer(work, log, out, in_place)
         counts["runs"] += 1
         counts["other_bytes"] += answer(files, out) != expected
+        if in_place:
+            began = time.monotonic()
+            answer(copy_later, shutil.copytree(out, folder / "copied"))
+            duration_of_copy = time.monotonic() - began
+            for _ in range(KILLED_COPIES):
+                process, read = fork(copy_later, out)
+                time.sleep(rng.uniform(0, duration_of_copy))
+                os.kill(process, signal.SIGKILL)
+                os.close(read)
+                os.waitpid(process, 0)
+                now = answer(look, out)
+                counts["damaged"] += len(now["damages"]) + (now["steps"] != truth["steps"])
+                counts["differing"] += now["checksums"] != truth["checksums"]
+            answer(copy_later, out)
+            counts["other_bytes"] += answer(files, out) != answer(files, folder / "copied")
+            shutil.rmtree(folder / "copied")
     return dict(counts)
 
 

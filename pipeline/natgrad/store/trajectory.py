@@ -552,12 +552,7 @@ class Trajectory(States):
         a pass has computed from them are kept.
         """
         superseded = np.flatnonzero(~self.current()).tolist() if self.references.files else []
-        unchanged = [file.is_unchanged() for file in self.references.files] if superseded else []
-        gone = [
-            state
-            for state in superseded
-            if state not in self.gone and not all(unchanged[index] for index in self.references.files_of(state))
-        ]
+        gone = self._changed(set(superseded) - self.gone)
         for name in self.journal.names() if gone else []:
             record = self.journal.read(name)
             new = [state for state in gone if record["start"] <= state < record["stop"]]
@@ -566,6 +561,14 @@ class Trajectory(States):
         if gone:
             self._load_records()
         return gone
+
+    def _changed(self, states: Iterable[int]) -> list[int]:
+        """Return the states of which a file of the log is not as recorded."""
+        files = {state: self.references.files_of(state) for state in sorted(states)}
+        changed = {
+            index for index in set().union(*files.values()) if not self.references.files[index].is_unchanged()
+        }
+        return [state for state, own in files.items() if not changed.isdisjoint(own)]
 
     def forget_references(self, checksums: Mapping[str, Mapping[tuple[int, int], int]]) -> None:
         """Record that states which are in the files of the log are copied now. Their chunks were written.
@@ -598,14 +601,13 @@ class Trajectory(States):
     def missing_states(self) -> list[str]:
         """Return the ranges of states whose files are not as recorded any more, for users.
 
-        Neither the ledger nor the results need them.
+        Neither the ledger nor the results need them. The objects of a log in an object store are not compared.
         """
-        references = self.references
-        changed = {index for index, file in enumerate(references.files) if not file.is_unchanged()}
+        # A request for each object of a log would take minutes.
+        missing = self.gone | set(self._changed(range(self.n_states)) if self.references.is_local else ())
         # The attempt of each state that is missing.
         marks = [
-            None if changed.isdisjoint(references.files_of(state)) else attempt
-            for state, attempt in enumerate(self.scalar(ATTEMPT).tolist())
+            attempt if state in missing else None for state, attempt in enumerate(self.scalar(ATTEMPT).tolist())
         ]
         found, start = [], 0
         for attempt, group in itertools.groupby(marks):
