@@ -230,7 +230,7 @@ def test_only_the_last_state_may_lack_its_gradient(tmp_path):
     assert caught.value.what == "gradient is not logged at every step"
     assert caught.value.where.endswith("step_2.safetensors, step 2, gradient of tensor 'layer.bias'")
     assert not (tmp_path / "trajectory.zarr").exists()
-    with pytest.raises(InputError, match="there are no gradients in this step"):
+    with pytest.raises(InputError, match="there is only one state, and it has no gradient"):
         ingest(write_native(tmp_path / "one", cut(random_walk(1))), tmp_path / "trajectory.zarr")
 
 
