@@ -13,7 +13,8 @@ import math
 import os
 import re
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ __all__ = [
     "Budget",
     "integer",
     "parse_json",
+    "parse_json_at",
     "parse_toml",
     "read_limited",
     "shape_of",
@@ -227,8 +229,20 @@ def parse_json(content: bytes | str, name: str, budget: Budget | None = None) ->
     """
     text = content if isinstance(content, str) else content.decode("utf-8")
     (budget or Budget(len(text))).spend(text.count("[") + text.count("{"))
-    try:
+    with _json_errors(name):
         return _DECODER.decode(text)
+
+
+def parse_json_at(text: str, start: int, name: str) -> tuple[Any, int]:
+    """Return the value at a position of a JSON text, and the position after it; see `parse_json`."""
+    with _json_errors(name):
+        return _DECODER.raw_decode(text, start)
+
+
+@contextmanager
+def _json_errors(name: str) -> Iterator[None]:
+    try:
+        yield
     except RecursionError as error:
         raise ValueError(f"{name} is nested too deeply") from error
     except ValueError as error:

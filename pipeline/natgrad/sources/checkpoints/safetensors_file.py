@@ -6,7 +6,6 @@ the NumPy interface of the library does not support bfloat16 and cannot fill an 
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -19,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from natgrad.sources.bounds import Budget, integer, parse_json, shown
+from natgrad.sources.bounds import Budget, integer, parse_json, parse_json_at, shown
 from natgrad.sources.byte_ranges import ByteRange
 from natgrad.sources.container import Container, ObjectRegion, Region, read_errors
 from natgrad.sources.steps import LoggedStep, LoggedTensor
@@ -46,7 +45,9 @@ class _Tensors(NamedTuple):
     end: int
 
 
-_HEADERS_KEPT = 4
+_HEADERS_KEPT, _HEADER_KEPT = 4, 1 << 20
+"""Number of headers that are kept, and maximum length of each."""
+
 _KNOWN: dict[str, _Tensors] = {}
 """The last headers that were read, without metadata. Most files of a log differ in their metadata only."""
 
@@ -103,9 +104,10 @@ class SafetensorsFile(Container):
             header: dict[str, Any] = parse_json(text, "the header", self.budget)
             metadata = header.pop("__metadata__", None) or {}
             known = self._parsed(header)
-            while len(_KNOWN) >= _HEADERS_KEPT:
-                _KNOWN.pop(next(iter(_KNOWN)), None)
-            _KNOWN[tensors] = known
+            if len(tensors) <= _HEADER_KEPT:
+                for oldest in list(_KNOWN)[: 1 - _HEADERS_KEPT]:
+                    _KNOWN.pop(oldest, None)
+                _KNOWN[tensors] = known
         self.tensors, self._offsets = dict(known.tensors), known.offsets
         for key, text in metadata.items():
             if key in self.tensors:
@@ -160,7 +162,7 @@ def _divided(text: str) -> tuple[dict[str, str], str]:
     """Divide a header, which the library has validated, into its metadata and the text of all other entries."""
     if not text.startswith(_METADATA):
         return {}, text
-    metadata, end = json.JSONDecoder().raw_decode(text, len(_METADATA))
+    metadata, end = parse_json_at(text, len(_METADATA), "the header")
     # JSON may contain a name twice.
     return (metadata or {}, text[end:]) if _METADATA[1:] not in text[end:] else ({}, text)
 
