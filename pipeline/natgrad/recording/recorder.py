@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
+import safetensors
 import safetensors.numpy
 from numpy.typing import ArrayLike, NDArray
 
@@ -26,16 +27,21 @@ Arrays = dict[str, NDArray[Any]]
 _log = logger("natgrad.recording")
 
 
-def _write_safetensors(file: IO[bytes], arrays: Arrays, texts: Mapping[str, str]) -> None:
-    file.write(safetensors.numpy.save(arrays, dict(texts) or None))
+def _write_safetensors(path: Path, arrays: Arrays, texts: Mapping[str, str]) -> None:
+    try:
+        # Unlike `save`, it writes the memory of the arrays without copies.
+        safetensors.numpy.save_file(arrays, path, dict(texts) or None)
+    except safetensors.SafetensorError as error:
+        raise OSError(f"{error}: {path}") from error
 
 
-def _write_npz(file: IO[bytes], arrays: dict[str, Any], texts: Mapping[str, str]) -> None:
-    np.savez(file, **arrays)
+def _write_npz(path: Path, arrays: dict[str, Any], texts: Mapping[str, str]) -> None:
+    with path.open("wb") as file:
+        np.savez(file, **arrays)
 
 
 # For each container: its writer, and the STORAGE_DTYPES that it cannot store.
-_WRITERS: dict[str, tuple[Callable[[IO[bytes], Arrays, Mapping[str, str]], None], frozenset[str]]] = {
+_WRITERS: dict[str, tuple[Callable[[Path, Arrays, Mapping[str, str]], None], frozenset[str]]] = {
     "safetensors": (_write_safetensors, frozenset()),
     "npz": (_write_npz, frozenset({"bfloat16"})),
 }
@@ -388,8 +394,7 @@ class Recorder:
         # writers in one folder do not use the same file.
         aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
-            with aside.open("wb") as file:
-                _WRITERS[self.container][0](file, arrays, texts)
+            _WRITERS[self.container][0](aside, arrays, texts)
             aside.replace(path)
         finally:
             aside.unlink(missing_ok=True)
