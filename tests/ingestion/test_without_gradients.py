@@ -20,7 +20,7 @@ from natgrad.sources.steps import NotYet
 from natgrad.store import open_ledger, open_trajectory
 from opened import compute_ledger, ingest, verify_ledger, verify_trajectory
 
-torch, zarr = Lazy("torch"), Lazy("zarr")
+h5py, torch, zarr = Lazy("h5py"), Lazy("torch"), Lazy("zarr")
 
 STATES = 6
 OF_PARAMETERS = slice(0, VECTORS.index("gradient"))
@@ -200,6 +200,26 @@ def test_what_is_not_trained_is_omitted_from_checkpoints(tmp_path, optimizer):
     if optimizer:
         kappa = tree["model"]["preconditioner_condition_number"].values
         assert (np.isfinite(kappa) & (kappa > 1)).any()
+
+
+@pytest.mark.parametrize("container", ["npz", "h5"])
+def test_a_file_of_one_state_is_not_a_run(tmp_path, container):
+    arrays = {"hidden.weight": np.ones((4, 4), "float32"), "hidden.bias": np.ones(4, "float32")}
+
+    def write(**more):
+        path = tmp_path / f"model.{container}"
+        if container == "npz":
+            np.savez(path, **arrays, **more)
+        else:
+            with h5py.File(path, "w") as file:
+                for name, array in (arrays | more).items():
+                    file[name] = array
+        return path
+
+    with pytest.raises(InputError, match="the file has no step numbers") as error:
+        ingest([write()], tmp_path / "out")
+    assert "named 'step'" in error.value.remedy
+    assert ingest([write(step=np.arange(4))], tmp_path / "out").steps == 4
 
 
 def test_every_command_accepts_the_run(tmp_path):

@@ -112,6 +112,8 @@ def suggested_map(keys: Mapping[str, LoggedTensor | float], lacking: Collection[
     >>> w = LoggedTensor((3,), "float32")
     >>> suggested_map({"net/w": w, "dL/grad/w": w, "eta": 0.1}, {"gradient", "learning_rate"})
     {'parameter': 'net', 'gradient': 'dL/grad', 'learning_rate': 'eta'}
+    >>> suggested_map({"dL/grad/w": w}, {"gradient"})
+    {'gradient': 'dL/grad'}
     """
     found = _arrays(keys) if {"parameter", "gradient"} & set(lacking) else {}
     for quantity in (*SCALARS, "step"):
@@ -122,14 +124,18 @@ def suggested_map(keys: Mapping[str, LoggedTensor | float], lacking: Collection[
 
 
 def _arrays(keys: Mapping[str, LoggedTensor | float]) -> dict[str, str]:
-    """Return the keys of gradients, named as such, and of parameters with the same names and shapes."""
+    """Return the keys of gradients, named as such, and of parameters with the same names and shapes.
+
+    If there are no other tensors, the parameters may be in another log.
+    """
     groups: dict[str, dict[str, tuple[int, ...]]] = {}
     for key, tensor in keys.items():
         if isinstance(tensor, LoggedTensor) and tensor.dtype in STORAGE_DTYPES:
             groups.setdefault(key, {})[""] = tensor.shape
             for match in re.finditer("[/.]", key):
                 groups.setdefault(key[: match.start()], {})[key[match.end() :]] = tensor.shape
-    for gradient in sorted((key for key in groups if _last_words(key) & _GRADIENT), key=len):
+    gradients = sorted((key for key in groups if _last_words(key) & _GRADIENT), key=len)
+    for gradient in gradients:
         names = groups[gradient]
         candidates = [
             key
@@ -143,7 +149,9 @@ def _arrays(keys: Mapping[str, LoggedTensor | float]) -> dict[str, str]:
         best = [key for key in hinted if len(groups[key]) == smallest]
         if len(best) == 1:
             return {"parameter": best[0], "gradient": gradient}
-    return {}
+    tensors = sum("" in group for group in groups.values())
+    alone = [gradient for gradient in gradients if len(groups[gradient].keys() - {""}) == tensors]
+    return {"gradient": alone[-1]} if alone else {}
 
 
 def _last_words(key: str) -> set[str]:

@@ -18,6 +18,7 @@ from natgrad.sources.names import CHECKPOINT
 from natgrad.sources.opening import open_log
 from natgrad.sources.scalars.scalar_log import ScalarLog
 from natgrad.sources.search import FoundLog
+from natgrad.sources.step_names import role_of
 from natgrad.sources.steps import LoggedStep, LoggedTensor, NotYet
 from natgrad.sources.suggestions import suggested_map, suggested_patterns
 from natgrad.sources.tensor_names import matched_names
@@ -270,6 +271,9 @@ def readings(
         # Other names are tried only if this reading found nothing.
         queue = [] if read.quantities else queue
         queue += [part.with_options({"map": options}) for options in _improvements(read)]
+    # Gradients under an unusual key look like parameters if the key is not set.
+    with_gradient = [read for read in known if "gradient" in read.quantities]
+    known = with_gradient if with_gradient or role_of(found.path.stem) == STATES[1] else known
     return sorted(known, key=lambda read: (len(read.lacking), len(read.part.flags())))
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import storage_dtype
+from natgrad.schema.names import SCALARS
 from natgrad.sources.base import Source, StepReader
 from natgrad.sources.byte_ranges import ByteRange, part_of
 from natgrad.sources.container import Container, read_errors
@@ -96,6 +97,7 @@ class StackedFile:
                     why=f"they are corrupt, or their first dimension is not the step; the limit is {_STEPS_LIMIT}",
                     remedy="log every array with a leading step dimension",
                 )
+            self._require_steps(container, rows, key)
             return list(range(rows))
         if len(logged.shape) != 1 or np.dtype(logged.dtype).kind not in "iu" or logged.shape[0] > _STEPS_LIMIT:
             raise InputError(
@@ -106,6 +108,22 @@ class StackedFile:
         numbers = np.zeros(logged.shape[0], logged.dtype)
         container.read(key, 0, numbers)
         return [int(number) for number in numbers]
+
+    def _require_steps(self, container: Container, rows: int, key: str) -> None:
+        """Refuse a file without step numbers that may as well contain the parameters of a single state."""
+        tensors = container.tensors
+        gradients = tuple(f"{name}{end}" for name in self._names.keys["gradient"] for end in "/.")
+        has_gradients = any(name in self._names.keys["gradient"] or name.startswith(gradients) for name in tensors)
+        scalars = [name for quantity in SCALARS for name in self._names.keys.get(quantity, ())]
+        if rows and not has_gradients and not any(n in tensors and tensors[n].shape == (rows,) for n in scalars):
+            raise InputError(
+                "the file has no step numbers",
+                where=str(self.location),
+                why="it has neither gradients nor losses or learning rates of each step, so that its arrays may be "
+                "those of a single state, without a step dimension",
+                remedy=f"add the step numbers as an array of integers named {key!r}, one for each state; if the "
+                "file contains a single state, pass the folder with the files of all states",
+            )
 
     def _parameters(self, container: Container) -> list[LoggedTensor]:
         """Return the arrays of parameters, or all arrays if none are named as parameters."""
