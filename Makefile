@@ -29,7 +29,9 @@ browser:
 	echo "cannot install a browser: the browser tests of the report will fail; install Chrome or Chromium" >&2
 
 # Test files are distributed in the order of the folders, so that the longest ones do not start last.
-PYTEST := $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder -p no:benchmark
+# One thread for linear algebra in each process: threads that wait for each other on a busy processor double its time.
+PYTEST := OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder \
+	-p no:benchmark
 # One more process than processors, because many tests wait for servers, timeouts and disks.
 PROCESSES ?= $(shell $(PYTHON) -c "import os; print(1 + (os.cpu_count() or 1))")
 

@@ -215,7 +215,9 @@ def test_a_missing_command_or_configuration_is_found_before_a_cluster_is_started
     assert "jobqueue.pbs" in str(refusal.value)
 
 
-def test_local_workers_have_one_thread_of_each_kind():
+def test_local_workers_have_one_thread_of_each_kind(monkeypatch):
+    for name in clusters.ONE_THREAD:
+        monkeypatch.delenv(name, raising=False)
     with clusters.local_scheduler(1) as address, Client(address, set_as_default=False) as client:
         names = list(clusters.ONE_THREAD)
         (seen,) = client.run(lambda: {name: os.environ.get(name) for name in names}).values()
