@@ -534,11 +534,12 @@ def scalars_of(out):
 def test_scalars_and_tensors_grow_together(url, tmp_path, write):
     log = put_without_scalars(url / "log", 5)
     source = put_scalars(url / "scalars", write, VALUES[:4])
-    # The log was just written, so missing data may still come.
-    assert run.ingest_run([log, source], tmp_path / "out").new_steps == 4
+    # The last state lacks its scalars.
+    assert run.ingest_run([log, source], tmp_path / "out").new_steps == 5
     put_without_scalars(url / "log", 8)
     assert put_scalars(url / "scalars", write, VALUES) == source
-    assert run.ingest_run([log, source], tmp_path / "out").new_steps == 4
+    summary = run.ingest_run([log, source], tmp_path / "out")
+    assert (summary.new_steps, summary.completed_steps) == (3, 1)
     expected = VALUES
     if write is write_events:  # in single precision, as TensorBoard stores numbers
         expected = [(step, *np.float32(values).tolist()) for step, *values in VALUES]
@@ -566,10 +567,11 @@ def test_unfinished_records_wait_and_damaged_ones_are_named(url, tmp_path):
     whole = source.get()
     source.put(whole[:-4])
     summary = run.ingest_run([log, source], tmp_path / "out")
-    assert summary.new_steps == 3
+    assert (summary.new_steps, summary.last_step_lacks) == (4, ["loss", "learning_rate"])
     assert any("the last line of metrics.csv has no newline" in warning for warning in summary.warnings)
     source.put(whole)
-    assert run.ingest_run([log, source], tmp_path / "out").new_steps == 1
+    summary = run.ingest_run([log, source], tmp_path / "out")
+    assert (summary.new_steps, summary.completed_steps) == (0, 1)
     events = put_scalars(url / "events", write_events, VALUES[:4])
     (file,) = events.files()
     file.put(file.get()[:-30] + bytes(30))
