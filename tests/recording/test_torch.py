@@ -207,7 +207,7 @@ def test_the_gradient_of_a_closure_is_that_of_its_first_evaluation(tmp_path, nam
             def closure(step=step):
                 nonlocal evaluations
                 evaluations += 1
-                optimizer.zero_grad()
+                optimizer.zero_grad(set_to_none=keyword)  # otherwise evaluations share the memory of gradients
                 loss = loss_of(model, step)
                 loss.backward()
                 if step == 2:
