@@ -31,6 +31,7 @@ def write_hdf5(folder, chunks=(64, 512)):
 def write_hdf5_stack(folder):
     with h5py.File(folder / "run.h5", "w") as file:
         file.create_dataset(f"parameter/{NAME}", data=np.zeros((1, *SHAPE), "f4"))
+        file["step"] = [0]
     return folder / "run.h5"
 
 
@@ -38,6 +39,7 @@ def write_zarr(folder):
     with zarr.config.set({"array.write_empty_chunks": True}):
         group = zarr.open_group(folder / "run.zarr", mode="w")
         group.create_array(f"parameter/{NAME}", data=np.zeros((2, *SHAPE), "f4"), chunks=(2, 64, 512))
+        group["step"] = np.arange(2)
     return folder / "run.zarr"
 
 
