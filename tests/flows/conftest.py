@@ -9,6 +9,15 @@ from servers import QUIET, PrefectServer
 # this happens while it draws an example, so servers end before the tests of other packages.
 
 
+def end_clients():
+    """End the threads that send events and logs: they would send those of later tests to the same server."""
+    from prefect.events.worker import EventsWorker
+    from prefect.logging.handlers import APILogWorker
+
+    for worker in (APILogWorker, EventsWorker):
+        worker.drain_all(timeout=30)
+
+
 @pytest.fixture(scope="module")
 def prefect_server():
     """Start Prefect's embedded server with its own database, and use it in this process."""
@@ -17,6 +26,7 @@ def prefect_server():
     with pytest.MonkeyPatch.context() as patch:
         for name, value in QUIET.items():
             patch.setenv(name, value)
+        end_clients()
         with prefect_test_harness(server_startup_timeout=120):
             yield
 
@@ -33,3 +43,4 @@ def server(tmp_path_factory):
         ):
             used.backup(copy)
         yield server
+        end_clients()
