@@ -587,3 +587,24 @@ def test_a_scan_adds_what_the_last_state_lacked_and_all_outputs_state_it(tmp_pat
     assert "yet: results of the last update" not in (out / "report.html").read_text()
     process(write_native(tmp_path / "complete", states), tmp_path / "whole")
     assert content(out) == content(tmp_path / "whole")
+
+
+def test_a_last_state_that_still_lacks_something_is_read_again_with_its_weight_decay(tmp_path):
+    log = tmp_path / "log"
+    log.mkdir()
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([weight], lr=0.1, weight_decay=0.5).state_dict()
+
+    def save(step, **more):
+        parameters = {"w": weight.detach() / (step + 1)}
+        torch.save({"parameter": parameters, "optimizer": optimizer, **more}, log / f"step_{step}.pt")
+
+    gradient = {"gradient": {"w": torch.ones(3)}}
+    for step in range(2):
+        save(step, loss=1.0, **gradient)
+    save(2)
+    assert ingest([log], tmp_path / "trajectory.zarr").last_step_lacks == ["gradient", "loss"]
+    save(2, **gradient)
+    summary = ingest([log], tmp_path / "trajectory.zarr")
+    assert (summary.new_steps, summary.completed_steps, summary.last_step_lacks) == (0, 1, ["loss"])
+    assert "tensor_decoupled_weight_decay" in open_trajectory(tmp_path / "trajectory.zarr").tables

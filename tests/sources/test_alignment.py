@@ -265,3 +265,9 @@ def test_lightning_gradients_that_are_proven_to_be_aligned_cause_no_question(tmp
     ]
     summary = ingest(write_lightning(tmp_path / "aligned", moved_on), tmp_path / "aligned.zarr")
     assert not any("--shift" in warning for warning in summary.warnings)
+
+
+def test_the_last_state_of_a_short_run_may_lack_its_gradient(tmp_path):
+    states = random_walk(4)
+    states[-1] = {key: value for key, value in states[-1].items() if not key.startswith("gradient/")}
+    assert inspect_source([write_log(tmp_path / "log", states)]).command is not None

@@ -694,7 +694,7 @@ class Trajectory(States):
             before, found = self._verified_numbers(name)
             chunks |= number_chunks(array, name, before, new)
             # The checksum covers the numbers of all states, so that a reader needs one record to verify them.
-            sums[name] = crc32c(np.ascontiguousarray(new[: fixed - start]).data.cast("B"), found)
+            sums[name] = crc32c(new[: fixed - start].tobytes(), found)
             last |= {name: new[-1].tolist()} if provisional else {}
         for folder in {name.rpartition("/")[0] for name in chunks}:
             (self.storage / folder).clear_leftovers()
