@@ -14,6 +14,7 @@ from natgrad.theory.geometry import Pair
 from natgrad.theory.windows import (
     WindowTerms,
     effective_lengths,
+    longest_tried,
     smallest_decreasing,
     smallest_effective,
     smallest_length,
@@ -242,3 +243,11 @@ def test_the_norm_of_a_window_is_that_of_its_stacked_updates(seed, m, columns):
         expected = np.linalg.norm(values[first : first + m], axis=0)
         # One rounding for each square and sum, and that of the root.
         np.testing.assert_allclose(found[first], expected, rtol=(2 * m + 1) * 2.0**-52)
+
+
+@pytest.mark.parametrize(
+    ("updates", "longest", "expected"),
+    [(1, 1, 1), (7, 1, 3), (7, 5, 5), (3, 5, 3), (512, 1, 256), (1000, 300, 300)],
+)
+def test_lengths_up_to_half_of_the_run_and_a_limit_are_tried(updates, longest, expected):
+    assert longest_tried(updates, longest) == expected
