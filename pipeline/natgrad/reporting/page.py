@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import count
 from typing import Any
 
@@ -130,6 +130,7 @@ def _run_content(run: figures.RunResults, anchor: str, letters: Iterator[str]) -
     letter_of_spectrum, letter_of_loss = next(letters), next(letters)
     # If a model has one tensor, the tensor is the model, which is drawn already.
     shown = run.largest_tensors() if len(run.steps) and run.tensors.sizes[TENSOR] > 1 else []
+    columns = _TENSOR_COLUMNS if run.has_gradient else _TENSOR_COLUMNS_WITHOUT_GRADIENTS
     return {
         "anchor": anchor,
         "name": run.name,
@@ -153,19 +154,25 @@ def _run_content(run: figures.RunResults, anchor: str, letters: Iterator[str]) -
             else figures.relative_update_curve(run, letter_of_spectrum)
         ),
         "loss": figures.loss_curve(run, letter_of_loss),
-        "angle": figures.angle_curve(run),
-        "condition": figures.condition_curve(run),
-        "tensors": [_tensor_row(run, name) for name in shown],
+        **(_figures_of_gradients(run, shown) if run.has_gradient else {}),
+        "tensor_columns": columns,
+        "tensors": [_tensor_row(run, name, columns) for name in shown],
         "tensors_left_out": run.tensors.sizes[TENSOR] - len(shown) if shown else 0,
-        "tensor_angle": figures.small_panels(run, shown, "angle") if shown and run.has_gradient else None,
-        "tensor_condition": (
-            figures.small_panels(run, shown, "condition_number") if shown and run.has_gradient else None
-        ),
         "thinned": figures.is_thinned(len(run.steps)),
         "provenance": {
             name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)
             for name, value in ((name, _plain(value)) for name, value in run.attributes.items())
         },
+    }
+
+
+def _figures_of_gradients(run: figures.RunResults, shown: Sequence[str]) -> dict[str, figures.Picture | None]:
+    """Draw the angles and condition numbers of the model and of some tensors."""
+    return {
+        "angle": figures.angle_curve(run),
+        "condition": figures.condition_curve(run),
+        "tensor_angle": figures.small_panels(run, shown, "angle") if shown else None,
+        "tensor_condition": figures.small_panels(run, shown, "condition_number") if shown else None,
     }
 
 
@@ -350,16 +357,24 @@ _REPLICATE_LABELS = {
 """Labels of the replicate variables."""
 
 
-def _tensor_row(run: figures.RunResults, name: str) -> dict[str, Any]:
-    return {
-        "name": name,
-        "share": float((run.tensor("status", name) == Status.EFFECTIVE).mean()),
-        "angle": figures.extent(run.tensor("angle", name)),
-        "condition_number": figures.extent(run.tensor("condition_number", name)),
-        "gradient_norm": figures.extent(run.tensor("gradient_norm", name)),
-        "displacement_norm": figures.extent(run.tensor("displacement_norm", name)),
-        "update_to_weight": figures.extent(run.tensor("update_to_weight", name)),
-    }
+_TENSOR_COLUMNS = {
+    "angle": "Median ψ",
+    "condition_number": "Median κ",
+    "gradient_norm": "Median |y|",
+    "update_to_weight": "Median |θ′ − θ| / |θ|",
+}
+"""Variables in the table of tensors, and their labels."""
+
+_TENSOR_COLUMNS_WITHOUT_GRADIENTS = {
+    "displacement_norm": "Median |θ′ − θ|",
+    "update_to_weight": _TENSOR_COLUMNS["update_to_weight"],
+}
+
+
+def _tensor_row(run: figures.RunResults, name: str, columns: Iterable[str]) -> dict[str, Any]:
+    row = {column: figures.extent(run.tensor(column, name)) for column in columns}
+    share = float((run.tensor("status", name) == Status.EFFECTIVE).mean()) if run.has_gradient else math.nan
+    return {"name": name, "share": share, **row}
 
 
 def _percent(share: float) -> str:

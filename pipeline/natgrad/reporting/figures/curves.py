@@ -202,40 +202,49 @@ def angle_curve(run: RunResults) -> Picture:
 
 def condition_curve(run: RunResults) -> Picture:
     """Draw the smallest condition number of the model over the steps."""
-    panel = Panel(Axis(), Axis("condition number κ (1)"), letter=True)
-    step_axis(panel, run.steps)
-    values = positive(run["condition_number"])
-    spread = extent(values)
-    if spread is None:
-        placeholder(panel, "no effective update:\nno condition number")
-    else:
-        curve(panel, run.steps, values, colour=INK)
-        log_limits(panel, spread[0], spread[2])
-        without = run["status"] != Status.EFFECTIVE
-        panel.legend = [mark(panel, run.steps, without)] if without.any() else []
-    extremes = f" from {number(spread[0])} to {number(spread[2])}" if spread else "; it is not defined at any step"
-    return picture(
-        Chart(WIDTH, HEIGHT, [[panel]]),
-        f"Condition number of the optimal metric over the steps of {run.name}{extremes}.",
+    return _logarithmic(
+        run,
+        Panel(Axis(), Axis("condition number κ (1)"), letter=True),
+        "condition_number",
+        title="Condition number of the optimal metric",
+        missing="no effective update:\nno condition number",
+        marked=run["status"] != Status.EFFECTIVE,
     )
 
 
 def relative_update_curve(run: RunResults, letter: str) -> Picture:
     """Draw the norm of the change of the parameters, relative to that of the parameters, over the steps."""
-    panel = Panel(Axis(), Axis("|θ′ − θ| / |θ| (1)"), letter, letter=True)
+    return _logarithmic(
+        run,
+        Panel(Axis(), Axis("|θ′ − θ| / |θ| (1)"), letter, letter=True),
+        "update_to_weight",
+        title="Change of the parameters relative to the parameters",
+        missing="no update has a size",
+    )
+
+
+def _logarithmic(
+    run: RunResults,
+    panel: Panel,
+    variable: str,
+    *,
+    title: str,
+    missing: str,
+    marked: NDArray[np.bool_] | None = None,
+) -> Picture:
+    """Draw a positive variable of the model over the steps, or a text where it is not defined at any step."""
     step_axis(panel, run.steps)
-    values = positive(run["update_to_weight"])
+    values = positive(run[variable])
     spread = extent(values)
     if spread is None:
-        placeholder(panel, "no update has a size")
+        placeholder(panel, missing)
     else:
         curve(panel, run.steps, values, colour=INK)
         log_limits(panel, spread[0], spread[2])
+        if marked is not None and marked.any():
+            panel.legend = [mark(panel, run.steps, marked)]
     extremes = f" from {number(spread[0])} to {number(spread[2])}" if spread else "; it is not defined at any step"
-    return picture(
-        Chart(WIDTH, HEIGHT, [[panel]]),
-        f"Change of the parameters relative to the parameters over the steps of {run.name}{extremes}.",
-    )
+    return picture(Chart(WIDTH, HEIGHT, [[panel]]), f"{title} over the steps of {run.name}{extremes}.")
 
 
 def small_panels(run: RunResults, names: Sequence[str], variable: str) -> Picture:
