@@ -199,13 +199,12 @@ def ingest_run(
     sources = open_all(source)
     shapes: list[TrajectoryShape] = []
 
-    # A log that is followed may be rotated.
-    is_new = wait is None and (overwrite or not exists(folder.trajectory))
-
     def check_shape(shape: TrajectoryShape) -> None:
         shapes.append(shape)
+        # A log that is followed may be rotated.
+        large = wait is None and not in_place and shape.state_bytes > _LARGE_LOG_BYTES
         local = all(log.local_path is not None for log in sources)
-        if is_new and local and not in_place and shape.state_bytes > _LARGE_LOG_BYTES:
+        if large and local and (overwrite or not exists(folder.trajectory)):
             _log.info(
                 "%.1f GB of states are copied into %s; --in-place reads them from the files of the log instead, "
                 "which must then stay as they are",
@@ -272,8 +271,9 @@ def _analyze(
 ) -> AnalysisSummary:
     trajectory = Trajectory(folder.trajectory)
     analysis.check(Extent.of(trajectory))
+    projected = 0
     if trajectory.n_states > 1 and trajectory.layout.elements:  # the pass refuses others
-        analysis.projected_bytes(trajectory.shape, folder.ledger, limits)
+        projected = analysis.projected_bytes(trajectory.shape, folder.ledger, limits)
     computed = compute_ledger(
         folder.trajectory,
         folder.ledger,
@@ -355,7 +355,7 @@ def _analyze(
         chunks=computed.chunks,
         computed_chunks=computed.computed_chunks,
         computed_updates=computed.computed_updates,
-        projected_memory=analysis.projected_bytes(states.shape, folder.ledger, limits),
+        projected_memory=projected,
         states_verified=computed.states_verified,
         **built.summary,
     )
