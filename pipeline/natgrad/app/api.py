@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 
 from natgrad.app import options
 from natgrad.app.follow import follow
@@ -24,7 +24,11 @@ from natgrad.app.summaries import (
     Verification,
 )
 from natgrad.ingestion import StepWait
-from natgrad.storage import open_all, storage_errors
+from natgrad.storage import Location, open_all, storage_errors
+
+if TYPE_CHECKING:
+    from natgrad.app.folder import RunFolder
+    from natgrad.store import copies
 
 __all__ = [
     "analyze",
@@ -251,13 +255,9 @@ def materialize(out: options.Out, *, progress: options.Progress = None) -> Moved
     InputError
         If there is no trajectory, or a file of the log is missing or was changed.
     """
-    from natgrad.app.folder import RunFolder
     from natgrad.store import copies
 
-    folder = RunFolder.of(out)
-    with storage_errors(folder.storage):
-        moved = copies.materialize(folder.trajectory, stage(progress, "materialize"))
-    return MovedStates(trajectory=str(folder.trajectory), **moved._asdict())
+    return _moved(out, lambda folder: copies.materialize(folder.trajectory, stage(progress, "materialize")))
 
 
 @options.with_options()
@@ -277,10 +277,16 @@ def slim(out: options.Out) -> MovedStates:
     InputError
         If there is no trajectory, or the ledger lacks updates.
     """
-    from natgrad.app.folder import RunFolder
     from natgrad.store import copies
+
+    return _moved(out, lambda folder: copies.slim(folder.trajectory, folder.ledger))
+
+
+def _moved(out: Location, move: Callable[[RunFolder], copies.Moved]) -> MovedStates:
+    """Copy or remove states of OUT, and describe what was done."""
+    from natgrad.app.folder import RunFolder
 
     folder = RunFolder.of(out)
     with storage_errors(folder.storage):
-        moved = copies.slim(folder.trajectory, folder.ledger)
+        moved = move(folder)
     return MovedStates(trajectory=str(folder.trajectory), **moved._asdict())

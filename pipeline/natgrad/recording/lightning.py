@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from natgrad.recording.torch import Watch, watch
+from natgrad.recording.callbacks import Watching
 from natgrad.schema.errors import InputError
 
 __all__ = ["LightningWatch"]
@@ -33,7 +32,7 @@ else:
     _Callback = _callback()
 
 
-class LightningWatch(_Callback):
+class LightningWatch(Watching, _Callback):
     """Record each fit of a Lightning Trainer, as `natgrad.watch` does.
 
     The loss is that which the training step returns. If the training is resumed from a checkpoint, the log is
@@ -57,11 +56,6 @@ class LightningWatch(_Callback):
     >>> lightning.Trainer(callbacks=[LightningWatch("logs/a")]).fit(module, data)  # doctest: +SKIP
     """
 
-    def __init__(self, folder: str | Path, **options: Any) -> None:
-        super().__init__()
-        self.watch: Watch | None = None
-        self._folder, self._options = folder, options
-
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin the recording.
 
@@ -71,14 +65,11 @@ class LightningWatch(_Callback):
             If an option is not valid, or the folder contains another run; see `natgrad.watch`.
         """
         # Lightning counts the steps of all optimizers.
-        taken = trainer.global_step // len(trainer.optimizers)
-        first_step = {"first_step": taken} if taken else {}
-        self.watch = watch(trainer.optimizers, self._folder, **{"model": pl_module, **first_step, **self._options})
+        self._begin(trainer.optimizers, pl_module, trainer.global_step // len(trainer.optimizers))
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """End the recording."""
-        if self.watch is not None:
-            self.watch.close()
+        self._end()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """End the recording of a training that fails."""

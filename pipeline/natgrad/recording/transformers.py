@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from natgrad.recording.torch import Watch, watch
+from natgrad.recording.callbacks import Watching
 from natgrad.schema.errors import InputError
 
 try:
@@ -19,7 +18,7 @@ except ImportError as error:
 __all__ = ["WatchCallback"]
 
 
-class WatchCallback(TrainerCallback):  # type: ignore[misc]
+class WatchCallback(Watching, TrainerCallback):  # type: ignore[misc]
     """Record each training run of a Trainer, as `natgrad.watch` does.
 
     If the training is resumed from a checkpoint, the log is continued.
@@ -42,10 +41,6 @@ class WatchCallback(TrainerCallback):  # type: ignore[misc]
     >>> transformers.Trainer(..., callbacks=[WatchCallback("logs/a")]).train()  # doctest: +SKIP
     """
 
-    def __init__(self, folder: str | Path, **options: Any) -> None:
-        self.watch: Watch | None = None
-        self._folder, self._options = folder, options
-
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
@@ -56,10 +51,8 @@ class WatchCallback(TrainerCallback):  # type: ignore[misc]
         InputError
             If an option is not valid, or the folder contains another run; see `natgrad.watch`.
         """
-        first_step = {"first_step": state.global_step} if state.global_step else {}
-        self.watch = watch(optimizer, self._folder, **{"model": model, **first_step, **self._options})
+        self._begin(optimizer, model, state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """End the recording."""
-        if self.watch is not None:
-            self.watch.close()
+        self._end()

@@ -1,4 +1,4 @@
-"""A Zarr store that compares each file that is read with its recorded checksum.
+"""Zarr stores that are only read, and one that compares each file that is read with its recorded checksum.
 
 Zarr would read a lost chunk of results as missing values, and a changed chunk as wrong numbers.
 """
@@ -14,19 +14,57 @@ from zarr.storage import StorePath, WrapperStore
 from natgrad.storage import Storage
 from natgrad.store.checked import compare
 
-__all__ = ["CheckedStore", "part_of"]
+__all__ = ["CheckedStore", "ReadOnlyStore"]
 
 
-def part_of(byte_range: ByteRequest, size: int) -> slice:
-    """Return the part of a content of this size that a request of Zarr describes."""
-    if isinstance(byte_range, RangeByteRequest):
-        return slice(byte_range.start, byte_range.end)
-    if isinstance(byte_range, OffsetByteRequest):
-        return slice(byte_range.offset, size)
-    return slice(max(size - byte_range.suffix, 0), size)
+class ReadOnlyStore(WrapperStore[Store]):
+    """A Zarr store that is only read, and provides the content of some files itself.
+
+    Parameters
+    ----------
+    store : zarr.abc.store.Store
+    path : str
+        Path of the files in the Zarr store; empty for its root.
+    """
+
+    def __init__(self, store: Store, path: str) -> None:
+        super().__init__(store)
+        self._path = path
+
+    @property
+    def read_only(self) -> bool:
+        """Return True."""
+        return True
+
+    def _name(self, key: str) -> str:
+        """Return the name of a file relative to the path."""
+        return key.removeprefix(f"{self._path}/")
+
+    async def get_partial_values(
+        self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]
+    ) -> list[Buffer | None]:
+        """Return ranges of files."""
+        return [await self.get(key, prototype, byte_range) for key, byte_range in key_ranges]
+
+    async def _get_many(
+        self, requests: Iterable[tuple[str, BufferPrototype, ByteRequest | None]]
+    ) -> AsyncGenerator[tuple[str, Buffer | None], None]:
+        for key, prototype, byte_range in requests:
+            yield key, await self.get(key, prototype, byte_range)
+
+    @staticmethod
+    def _part(content: Buffer, byte_range: ByteRequest | None) -> Buffer:
+        """Return the part of a complete content that a request describes."""
+        if byte_range is None:
+            return content
+        if isinstance(byte_range, RangeByteRequest):
+            return content[byte_range.start : byte_range.end]
+        if isinstance(byte_range, OffsetByteRequest):
+            return content[byte_range.offset : len(content)]
+        return content[max(len(content) - byte_range.suffix, 0) : len(content)]
 
 
-class CheckedStore(WrapperStore[Store]):
+class CheckedStore(ReadOnlyStore):
     """A read-only Zarr store that raises an error if a file is missing or does not match its checksum.
 
     Parameters
@@ -45,8 +83,8 @@ class CheckedStore(WrapperStore[Store]):
     def __init__(
         self, store: Store, storage: Storage, files: Mapping[str, int], remedy: str, path: str = ""
     ) -> None:
-        super().__init__(store)
-        self._storage, self._files, self._remedy, self._path = storage, files, remedy, path
+        super().__init__(store, path)
+        self._storage, self._files, self._remedy = storage, files, remedy
 
     @classmethod
     def of(cls, storage: Storage, files: Mapping[str, int], remedy: str) -> CheckedStore | StorePath:
@@ -59,31 +97,14 @@ class CheckedStore(WrapperStore[Store]):
     def _with_store(self, store: Store) -> CheckedStore:
         return type(self)(store, self._storage, self._files, self._remedy, self._path)
 
-    @property
-    def read_only(self) -> bool:
-        """Return True."""
-        return True
-
     async def get(
         self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
     ) -> Buffer | None:
         """Return the content of a file. A range is taken from the verified content."""
-        name = key.removeprefix(f"{self._path}/")
+        name = self._name(key)
         if name not in self._files:
             return None
         found = await self._store.get(key, prototype)
         content = None if found is None else found.to_bytes()
         compare(self._storage / name, content, self._files[name], self._remedy)
-        return found if found is None or byte_range is None else found[part_of(byte_range, len(found))]
-
-    async def get_partial_values(
-        self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]
-    ) -> list[Buffer | None]:
-        """Return ranges of files."""
-        return [await self.get(key, prototype, byte_range) for key, byte_range in key_ranges]
-
-    async def _get_many(
-        self, requests: Iterable[tuple[str, BufferPrototype, ByteRequest | None]]
-    ) -> AsyncGenerator[tuple[str, Buffer | None], None]:
-        for key, prototype, byte_range in requests:
-            yield key, await self.get(key, prototype, byte_range)
+        return None if found is None else self._part(found, byte_range)

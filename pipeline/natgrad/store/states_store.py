@@ -6,22 +6,20 @@ All other data are those of the trajectory.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterable
-
 import numpy as np
 from zarr.abc.buffer import Buffer, BufferPrototype
 from zarr.abc.store import ByteRequest, Store
-from zarr.storage import StorePath, WrapperStore
+from zarr.storage import StorePath
 
 from natgrad.schema.layout import storage_dtype
 from natgrad.schema.names import REPLICATE_STATES, of_replicate
-from natgrad.store.checked_store import part_of
+from natgrad.store.checked_store import ReadOnlyStore
 from natgrad.store.trajectory import Trajectory
 
 __all__ = ["StatesStore"]
 
 
-class StatesStore(WrapperStore[Store]):
+class StatesStore(ReadOnlyStore):
     """The trajectory as a Zarr group.
 
     Parameters
@@ -34,8 +32,8 @@ class StatesStore(WrapperStore[Store]):
     """
 
     def __init__(self, store: Store, trajectory: Trajectory, path: str = "") -> None:
-        super().__init__(store)
-        self._trajectory, self._path = trajectory, path
+        super().__init__(store, path)
+        self._trajectory = trajectory
 
     @classmethod
     def of(cls, trajectory: Trajectory) -> StatesStore | StorePath:
@@ -48,14 +46,9 @@ class StatesStore(WrapperStore[Store]):
     def _with_store(self, store: Store) -> StatesStore:
         return type(self)(store, self._trajectory, self._path)
 
-    @property
-    def read_only(self) -> bool:
-        """Return True."""
-        return True
-
     def _states(self, key: str) -> bytes | None:
         """Return the content of a chunk of states; None for all other keys."""
-        array, *parts = key.removeprefix(f"{self._path}/").split("/")
+        array, *parts = self._name(key).split("/")
         trajectory = self._trajectory
         if array not in trajectory.array_dtypes or parts[:1] != ["c"] or trajectory.is_compressed(array):
             return None
@@ -74,17 +67,4 @@ class StatesStore(WrapperStore[Store]):
         content = self._states(key)
         if content is None:
             return await self._store.get(key, prototype, byte_range)
-        found = prototype.buffer.from_bytes(content)
-        return found if byte_range is None else found[part_of(byte_range, len(found))]
-
-    async def get_partial_values(
-        self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]
-    ) -> list[Buffer | None]:
-        """Return ranges of files or chunks."""
-        return [await self.get(key, prototype, byte_range) for key, byte_range in key_ranges]
-
-    async def _get_many(
-        self, requests: Iterable[tuple[str, BufferPrototype, ByteRequest | None]]
-    ) -> AsyncGenerator[tuple[str, Buffer | None], None]:
-        for key, prototype, byte_range in requests:
-            yield key, await self.get(key, prototype, byte_range)
+        return self._part(prototype.buffer.from_bytes(content), byte_range)
