@@ -29,6 +29,16 @@ def natgrad_process(*arguments, environment=None):
     return Done(done.returncode, done.stdout, done.stderr)
 
 
+def started(*arguments):
+    """Start the command without Prefect in a new process, whose output is read from pipes."""
+    return subprocess.Popen(
+        [sys.executable, "-c", "from natgrad.app.cli import main; main()", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
 def natgrad(*arguments):
     """Run the entry point of the command in this process."""
     out, err, code = io.StringIO(), io.StringIO(), 0

@@ -4,7 +4,6 @@ import itertools
 import os
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from commands import started
 from logs import random_walk, write_log, write_step
 from natgrad.app.follow import follow
 from natgrad.app.run import ingest_run
@@ -327,12 +327,7 @@ def test_the_command_follows_a_log_until_it_is_interrupted(log, tmp_path):
     write_log(log, states[:1])
     out = tmp_path / "out"
     words = ["process", log, out, "--follow", "--interval", "0.5", "--workers", "1", "--json"]
-    with subprocess.Popen(
-        [sys.executable, "-c", "from natgrad.app.cli import main; main()", *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
+    with started(*words) as process:
         wait_until(lambda: (out / "trajectory.zarr" / "commits" / "00000000.json").exists())
         write_log(log, states[1:3], numbers=[1, 2])
         wait_until(lambda: (out / "report.html").exists())
@@ -340,9 +335,9 @@ def test_the_command_follows_a_log_until_it_is_interrupted(log, tmp_path):
         first = (out / "report.html").stat().st_mtime_ns
         wait_until(lambda: (out / "report.html").stat().st_mtime_ns > first)
         process.send_signal(signal.SIGINT)
-        told, complaints = process.communicate(timeout=60)
-    assert process.returncode == 0, complaints
-    assert '"new_steps": 5' in told
+        output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert '"new_steps": 5' in output
     assert steps(out / "trajectory.zarr") == list(range(5))
     np.testing.assert_array_equal(read_results(out / "results.zarr")["model"]["step"], range(4))
 

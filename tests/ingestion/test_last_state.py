@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import natgrad
+from commands import started
 from lazy import Lazy
 from logs import random_walk, with_replicates, write_step
 from natgrad.app.describe import describe_run
@@ -549,21 +550,16 @@ def test_a_log_that_is_followed_gives_the_same_as_one_that_is_ingested_at_once(t
     states, out = random_walk(STATES), tmp_path / "out"
     (log,) = write_native(tmp_path / "log", cut(states[:2]))
     words = ["process", log, out, "--follow", "--interval", "0.2", "--workers", "1", "--json"]
-    with subprocess.Popen(
-        [sys.executable, "-c", "from natgrad.app.cli import main; main()", *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process_of_command:
+    with started(*words) as process_of_command:
         for count in range(2, STATES + 1):
             replace_steps(log, cut(states[:count]), count - 2)
             wait_for_states(out, count, lacking=True)
         replace_steps(log, states, STATES - 1)
         wait_for_states(out, STATES, lacking=False)
         process_of_command.send_signal(signal.SIGINT)
-        told, complaints = process_of_command.communicate(timeout=240)
-    assert process_of_command.returncode == 0, complaints
-    summary = json.loads(told)
+        output, errors = process_of_command.communicate(timeout=240)
+    assert process_of_command.returncode == 0, errors
+    summary = json.loads(output)
     assert (summary["new_steps"], summary["steps"], summary["attempts"]) == (STATES, STATES, 1)
     compute_ledger(out / "trajectory.zarr", out / "ledger.zarr")  # the interrupt may come before the pass
     process(write_native(tmp_path / "complete", states), tmp_path / "whole")

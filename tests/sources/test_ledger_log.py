@@ -94,7 +94,7 @@ def test_a_damaged_record_is_an_error_unless_it_is_the_last(tmp_path_factory, da
     path.write_bytes(content)
     record = 4 - -(-(len(content) - position) // size)
     if record == 3:
-        # Whether it is damaged or not complete yet cannot be known.
+        # It may be damaged, or not complete yet.
         assert steps_of(folder) == [(0, 0), (0, 1), (0, 2)]
         return
     with pytest.raises(Unreadable) as refusal:
