@@ -15,6 +15,7 @@ __all__ = [
     "OPTIMIZER_NUMBERS",
     "OPTIMIZER_STATES",
     "RECORDED_VECTORS",
+    "RECOVERY",
     "REPLICATE",
     "REPLICATES",
     "REPLICATE_HVP",
@@ -105,6 +106,19 @@ if the optimizer adds its decay to the gradient."""
 
 HYPERPARAMETERS = ("tensor_learning_rate", TENSOR_WEIGHT_DECAY)
 """Optimizer numbers that are stored with or without the rest of the state."""
+
+RECOVERY = (
+    "gradient_error_bound",
+    "gradient_check_residual",
+    "gradient_check_rounding",
+    "gradient_check",
+    "gradient_rule",
+    "gradient_updates",
+)
+"""Arrays (step, tensor) that are stored if gradients are recovered from optimizer states: the largest relative error
+of the gradient, the difference between its displacement and the logged one, the largest difference that rounding
+explains, what the comparison proves (0: nothing, 1: the learning rate, 2: the gradient), the number of the update
+rule, and the number of updates to the next state."""
 
 WEIGHT_DECAY = "decoupled_weight_decay"
 

@@ -204,8 +204,9 @@ class Names:
                 f"the mapping file has {'unknown keys: ' + ', '.join(table) if table else 'invalid values'}",
                 where=str(path),
                 remedy='write a table [map] with QUANTITY = "KEY", and lists inert = ["module.Class"] and '
-                'order = ["tensor"]; [optimizer] may contain compute_method = "eigen" or "inverse", and '
-                'start_preconditioning_step = N; pattern = "...{step}..." gives the names of steps, and '
+                'order = ["tensor"]; [optimizer] may contain compute_method = "eigen" or "inverse", '
+                "start_preconditioning_step = N and decoupled_weight_decay = true or false; "
+                'pattern = "...{step}..." gives the names of steps, and '
                 "step_span = N the number of steps between the two states of an update",
             )
         return replace(
@@ -225,6 +226,7 @@ def _valid_options(optimizer: Any) -> bool:
         and set(optimizer) <= set(USER_OPTIONS)
         and optimizer.get("compute_method", "eigen") in ("eigen", "inverse")
         and type(optimizer.get("start_preconditioning_step", 0)) is int
+        and type(optimizer.get("decoupled_weight_decay", False)) is bool
     )
 
 

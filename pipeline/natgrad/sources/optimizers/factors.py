@@ -34,8 +34,9 @@ ENTRY = (
 OPTIONS = ("step", "correct_bias", "normalize_gradient", "normalize_grads")
 """Options of a group that affect the metric."""
 
-USER_OPTIONS = ("compute_method", "start_preconditioning_step")
-"""Options that no file contains: the inversion method of kfac-pytorch, the first step of ScalableShampoo."""
+USER_OPTIONS = ("compute_method", "start_preconditioning_step", "decoupled_weight_decay")
+"""Options that files may not contain: the inversion method of kfac-pytorch, the first step of ScalableShampoo, and
+whether weight decay is decoupled (1) or not (0)."""
 
 _KFAC_ROOTS = "preconditioner|preconditioner_state_dict|kfac|kfac_state_dict"
 _LAYER = re.compile(rf"({_KFAC_ROOTS})/layers/(.+)/([AG])")

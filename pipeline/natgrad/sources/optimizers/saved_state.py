@@ -19,7 +19,7 @@ from natgrad.schema.layout import STORAGE_DTYPES
 from natgrad.schema.names import TENSOR_WEIGHT_DECAY
 from natgrad.sources.container import Container
 from natgrad.sources.optimizers import factors
-from natgrad.sources.optimizers.state import FactoredMetric, OptimizerState, RotatedMetric, factor_array
+from natgrad.sources.optimizers.state import FactoredMetric, OptimizerState, RotatedMetric, RuleState, factor_array
 from natgrad.sources.steps import LoggedTensor, is_running_statistic
 
 __all__ = ["SavedOptimizer", "optimizer_roots", "saved_optimizer"]
@@ -39,6 +39,19 @@ _ARRAYS = {
     "momentum_buffer": "momentum_buffer",
     "master_param": "master_parameter",
 }
+_RULE_ARRAYS = {
+    **{name: True for name in ("max_exp_avg_sq", "exp_inf", "square_avg", "grad_avg", "sum", "acc_delta")},
+    **dict.fromkeys(("row_var", "col_var", "variance"), False),
+}
+"""Other arrays that rules need to be inverted, and whether they have the shape of their parameter."""
+
+_SHAPED = (*_ARRAYS, *(name for name, shaped in _RULE_ARRAYS.items() if shaped))
+"""Arrays with the shape of their parameter."""
+
+_COUNTS = ("step", "mu_product")
+"""Numbers of an entry, which may be tensors with one element."""
+
+_DECAY = "decoupled_weight_decay"
 _NUMBERS = {
     "lr": "tensor_learning_rate",
     "betas/0": "beta1",
@@ -50,10 +63,20 @@ _NUMBERS = {
 # Levels are joined by slashes, or by dots if torch flattened the dict of the optimizer.
 _QUANTIZED = ("state1", "qmap1", "absmax1")
 """Keys of bitsandbytes: the first moment in blocks of 8 bits, its code book, and the scale of each block."""
-_ENTRY = re.compile(rf"state[/.](.+)[/.]({'|'.join((*_ARRAYS, *_QUANTIZED))}|step|{factors.ENTRY})")
+_ENTRY = re.compile(rf"state[/.](.+)[/.]({'|'.join((*_ARRAYS, *_RULE_ARRAYS, *_QUANTIZED))}|step|mu_product|{factors.ENTRY})")
+_OTHER = re.compile(r"state/([^/]+)/([^/]+)(?:/.*)?")
 _DECAY_OPTIONS = ("decoupled_weight_decay", "dampening", "ns_steps")
 """Options that show how an optimizer applies weight decay, see `_decoupled_decay`."""
-_FLAGS = (*factors.OPTIONS, *_DECAY_OPTIONS)
+_RULE_OPTIONS = (
+    *("nesterov", "maximize", "amsgrad", "bias_correction", "weight_decouple", "fixed_decay", "alpha", "centered"),
+    *("rho", "lr_decay", "initial_accumulator_value", "momentum_decay", "beta2_decay", "d", "eps/0", "eps/1"),
+    *("ns_coefficients/0", "ns_coefficients/1", "ns_coefficients/2", "adjust_lr_fn"),
+    *("lambd", "etas/0", "history_size"),
+)
+"""Options that identify a rule, or that its inverse needs."""
+_TEXT_OPTIONS = {"True": 1.0, "False": 0.0, "original": 0.0, "match_rms_adamw": 1.0}
+"""Values of options that are texts; the last two are those of ``adjust_lr_fn``."""
+_FLAGS = (*factors.OPTIONS, *_DECAY_OPTIONS, *_RULE_OPTIONS)
 _OPTION = re.compile(rf"param_groups[/.](.+?)[/.]({'|'.join((*_NUMBERS, *_FLAGS))})")
 _MEMBER = re.compile(r"param_groups/([^/]+)/(params|param_names)/(\d+)")
 
@@ -159,10 +182,13 @@ class _Optimizer:
     def __init__(self, container: Container, root: str) -> None:
         self.start = f"{root}/"
         self.entries: dict[str, dict[str, str]] = {}
+        self.others: dict[str, dict[str, None]] = {}
         for key in (*container.tensors, *container.numbers):
-            match = _ENTRY.fullmatch(key.removeprefix(self.start)) if key.startswith(self.start) else None
-            if match:
+            inner = key.removeprefix(self.start) if key.startswith(self.start) else ""
+            if match := _ENTRY.fullmatch(inner):
                 self.entries.setdefault(match[1], {})[match[2]] = key
+            elif match := _OTHER.fullmatch(inner):
+                self.others.setdefault(match[1], {})[match[2]] = None
         self.groups = _groups(container, self.start)
 
     @property
@@ -201,6 +227,7 @@ def _matched(
     metrics: dict[str, FactoredMetric | RotatedMetric] = {}
     rules = [factors.rule_of(optimizer.entries.values()) for optimizer in optimizers]
     quantized: dict[str, list[str]] = {}
+    saved_rules: dict[str, RuleState] = {}
     for (number, entry), tensor in owners.items():
         optimizer, rule = optimizers[number], rules[number]
         entry_keys, options = optimizer.entries.get(entry, {}), _options_of(entry, tensor, optimizer.groups)
@@ -208,6 +235,7 @@ def _matched(
             quantized.setdefault(encoding, []).append(tensor)
             metrics[tensor] = FactoredMetric("quantized", problem=f"its moments are {encoding}")
         counts: dict[str, float] = {}
+        of_rule: dict[str, LoggedTensor] = {}
         for name, key in entry_keys.items():
             if name in _ARRAYS:
                 logged = container.tensors.get(key)
@@ -219,7 +247,10 @@ def _matched(
                     state = OptimizerState(problem=problem, group_rates=group_rates, decay_note=note)
                     return SavedOptimizer(roots, state)
                 keys.setdefault(_ARRAYS[name], {})[tensor] = key
-            elif (name == "step" or key in container.numbers) and (count := container.number(key)) is not None:
+            elif name in _RULE_ARRAYS and key in container.tensors:
+                of_rule[name] = container.tensors[key]
+                keys.setdefault(name, {})[tensor] = key
+            elif (name in _COUNTS or key in container.numbers) and (count := container.number(key)) is not None:
                 counts[name] = count
         if "step" in counts:
             numbers.setdefault("updates", {})[tensor] = counts["step"]
@@ -231,17 +262,41 @@ def _matched(
         if rule is not None and entry_keys:
             saved = factors.Entry(entry_keys, container.tensors, counts, options, user_options)
             metrics[tensor] = saved.metric(rule, parameters[tensor].shape)
+        of_rule |= {_ARRAYS[name]: container.tensors[key] for name, key in entry_keys.items() if name in _ARRAYS}
+        saved_rules[tensor] = RuleState(
+            {**options, **_declared(user_options)},
+            counts,
+            of_rule,
+            (*(name for name in entry_keys if name not in (*of_rule, *counts)), *optimizer.others.get(entry, ())),
+            f"its moments are {encoding}" if encoding else _rule_problem(of_rule, parameters[tensor].shape),
+        )
     arrays = {
         array: {tensor: container.tensors[key] for tensor, key in array_keys.items()}
         for array, array_keys in keys.items()
+        if array not in _RULE_ARRAYS
     }
     notes = tuple(
         f"the moments of {len(names)} tensors are {encoding}, which are not read: NaN is stored, the first is "
         f"{names[0]!r}"
         for encoding, names in quantized.items()
     )
-    state = OptimizerState(arrays, numbers, metrics, notes=notes, group_rates=group_rates, decay_note=note)
+    state = OptimizerState(
+        *(arrays, numbers, metrics), notes=notes, group_rates=group_rates, decay_note=note, rules=saved_rules
+    )
     return SavedOptimizer(roots, state, keys | _factor_keys(metrics))
+
+
+def _declared(user_options: Mapping[str, str | int]) -> dict[str, float]:
+    """Return the options of rules that the user specified."""
+    return {"decoupled_weight_decay": float(user_options[_DECAY])} if _DECAY in user_options else {}
+
+
+def _rule_problem(arrays: Mapping[str, LoggedTensor], shape: tuple[int, ...]) -> str:
+    """Return why the arrays of an entry cannot be used; empty if they can."""
+    for name, logged in arrays.items():
+        if logged.dtype not in STORAGE_DTYPES or (_RULE_ARRAYS.get(name, True) and logged.shape != shape):
+            return f"{name} is {logged.dtype} of shape {logged.shape}, but its parameter has shape {shape}"
+    return ""
 
 
 def _decoupled_decay(options: Mapping[str, float]) -> float:
@@ -321,8 +376,8 @@ def _groups(container: Container, start: str) -> dict[str, _Group]:
         if member := _MEMBER.fullmatch(inner):
             group = groups.setdefault(member[1], _Group())
             (group.members if member[2] == "params" else group.names)[int(member[3])] = text
-        elif text in ("True", "False") and (option := _OPTION.fullmatch(inner)) and option[2] in _FLAGS:
-            groups.setdefault(option[1], _Group()).options[option[2]] = float(text == "True")
+        elif text in _TEXT_OPTIONS and (option := _OPTION.fullmatch(inner)) and option[2] in _FLAGS:
+            groups.setdefault(option[1], _Group()).options[option[2]] = _TEXT_OPTIONS[text]
     return groups
 
 
@@ -359,7 +414,7 @@ def _owners(
     for number, optimizer in enumerate(optimizers):
         for entry, keys_by_name in optimizer.entries.items():
             for name, key in keys_by_name.items():
-                if name in _ARRAYS and key in container.tensors:
+                if name in _SHAPED and key in container.tensors:
                     shapes[number, entry] = container.tensors[key].shape
             if (number, entry) not in shapes:
                 shape = factors.shape_of(keys_by_name, container.tensors)

@@ -14,6 +14,7 @@ __all__ = [
     "FactoredMetric",
     "OptimizerState",
     "RotatedMetric",
+    "RuleState",
     "factor_array",
 ]
 
@@ -113,6 +114,31 @@ def factor_array(index: int) -> str:
 
 
 @dataclass(frozen=True)
+class RuleState:
+    """All that an optimizer saved for a tensor, from which its update rule is identified and inverted.
+
+    Attributes
+    ----------
+    options : mapping
+        Options of the parameter group. Booleans are 0 and 1.
+    numbers : mapping
+        Numbers of the entry, such as ``step``.
+    arrays : mapping
+        Arrays of the entry, by the names under which a step reads them.
+    others : tuple of str
+        Names in the entry that are neither.
+    problem : str
+        Why the entry cannot be read.
+    """
+
+    options: Mapping[str, float] = field(default_factory=dict)
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    arrays: Mapping[str, LoggedTensor] = field(default_factory=dict)
+    others: tuple[str, ...] = ()
+    problem: str = ""
+
+
+@dataclass(frozen=True)
 class OptimizerState:
     """State that an optimizer keeps between steps, by tensor.
 
@@ -135,6 +161,8 @@ class OptimizerState:
         Learning rate of each parameter group, as far as saved.
     decay_note : str
         Remark on weight decay of which it is not known whether it is decoupled.
+    rules : mapping
+        Tensor name to all that the optimizer saved for it.
     """
 
     arrays: Mapping[str, Mapping[str, LoggedTensor]] = field(default_factory=dict)
@@ -145,6 +173,7 @@ class OptimizerState:
     notes: tuple[str, ...] = ()
     group_rates: tuple[float, ...] = ()
     decay_note: str = ""
+    rules: Mapping[str, RuleState] = field(default_factory=dict)
 
     @property
     def rates(self) -> Mapping[str, float]:
@@ -176,4 +205,5 @@ class OptimizerState:
         """Names of all arrays of this state that a step can read."""
         products = [metric.blocks for metric in self.metrics.values() if isinstance(metric, FactoredMetric)]
         most = max((sum(map(len, blocks)) for blocks in products), default=0)
-        return [*self.arrays, *map(factor_array, range(most))]
+        of_rules = dict.fromkeys(array for rule in self.rules.values() for array in rule.arrays)
+        return list(dict.fromkeys((*self.arrays, *map(factor_array, range(most)), *of_rules)))

@@ -1,0 +1,460 @@
+"""Recover the gradient of a tensor from two states of its optimizer, and check it against the logged displacement.
+
+The check applies the rule to the recovered gradient. Rounding limits what it can show: the largest difference that
+rounding explains is computed along with it, element by element. A larger difference is an error, because the rule,
+the learning rate or the parameters are then not those of the update. A check whose rounding exceeds `_VISIBLE`
+proves nothing, and neither does one of a rule whose displacement was used to recover the gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from natgrad.schema.layout import storage_dtype, unit_roundoff, widened
+from natgrad.sources.base import StepReader
+from natgrad.sources.optimizers.state import RuleState
+from natgrad.sources.optimizers.update_rules import (
+    NONE,
+    RATE_ONLY,
+    RULES,
+    VERIFIED,
+    Rule,
+    Slice,
+    Update,
+    complete_factors,
+    orthogonalized,
+)
+from natgrad.sources.steps import LoggedTensor
+
+__all__ = ["GRADES", "RULE_NAMES", "Check", "NotInvertible", "TensorUpdate", "identified"]
+
+Array = NDArray[np.float64]
+
+GRADES = (NONE, RATE_ONLY, VERIFIED)
+"""What a check proves, from least to most."""
+
+RULE_NAMES = tuple(RULES)
+"""Names of the rules, in a fixed order."""
+
+_SLICE = 1 << 16
+"""Elements that are processed at once, which fit into the cache."""
+
+_VISIBLE = 1e-2
+"""Largest rounding of a check that proves something, relative to the displacement."""
+
+_VISIBLE_MOMENT = 0.1
+"""The same for the second moment, relative to its change by the gradient."""
+
+_LARGEST_MATRIX = 1 << 22
+"""Elements of the largest matrix whose direction under Muon is computed for the check."""
+
+_RATE = "tensor_learning_rate"
+"""Name of the learning rate among the options."""
+
+_COARSE = ("bfloat16", "float16")
+
+
+class NotInvertible(ValueError):
+    """The rule of a tensor cannot be inverted. The text names it and states the reason."""
+
+
+# Identification ------------------------------------------------------------------------------------------------
+
+
+def identified(state: RuleState) -> tuple[Rule, bool | None]:
+    """Return the rule of a tensor, and whether its weight decay is decoupled; None if its options do not show it.
+
+    Parameters
+    ----------
+    state : RuleState
+        State after an update.
+
+    Raises
+    ------
+    NotInvertible
+        If the rule is not known, or cannot be inverted.
+    """
+    if state.problem:
+        raise NotInvertible(state.problem)
+    options, arrays, names = state.options, state.arrays, {*state.arrays, *state.others}
+    for name, (marks, why) in _REFUSED.items():
+        if any(mark in options or mark in names for mark in marks):
+            raise NotInvertible(f"{name} cannot be inverted: {why}")
+    known = {*_KNOWN_NAMES, *arrays, *state.numbers}
+    unknown = sorted(name for name in state.others if name not in known)
+    if unknown:
+        raise NotInvertible(f"its rule is not known: its state also contains {', '.join(unknown[:4])}")
+    rule = RULES.get(_name(options, arrays))
+    if rule is None:
+        listed = ", ".join(sorted({*options, *arrays})) or "nothing"
+        raise NotInvertible(f"its rule is not known: its options and state are {listed}")
+    for option in ("beta1", "beta2", "momentum", "dampening", "alpha"):
+        if option in options and not 0 <= options[option] < 1:
+            raise NotInvertible(f"{rule.name} with {option} = {options[option]:g} cannot be inverted")
+    if not options.get("weight_decay"):
+        return rule, False
+    return rule, _decoupled(rule.name, options)
+
+
+_KNOWN_NAMES = ("step", "mu_product", "momentum_buffer")
+
+_REFUSED = {
+    "LBFGS": (("history_size", "old_dirs"), "its displacement depends on a line search and earlier gradients"),
+    "Rprop": (("etas/0", "step_size"), "its displacement depends only on the signs of the gradient"),
+    "ASGD": (("lambd", "ax"), "the averages that it keeps do not contain the gradient"),
+    "Shampoo": (("inv_precond_0", "inv_pre_cond_0", "pre_conditioner"), "it keeps statistics of the gradient only"),
+    "SOAP": (("GG", "GG/0", "shampoo_beta"), "the basis of its moments changes between states"),
+    "PSGD": (("Q", "Q/0"), "it keeps statistics of the gradient only"),
+    "HF Adafactor": (("exp_avg_sq_row", "exp_avg_sq_col"), "the options of transformers' Adafactor are not known"),
+    "AdaBelief": (("exp_avg_var",), "its state is not that of Adam"),
+    "Adan": (("exp_avg_diff",), "its moments mix two gradients"),
+    "schedule-free": (("z",), "it moves other parameters than those that are saved"),
+    "Prodigy": (("p0", "s"), "it scales the gradient by a factor that changes"),
+}
+"""Rules that cannot be inverted: the options or names in the state by which they are known, and the reason."""
+
+
+def _name(options: Mapping[str, float], arrays: Mapping[str, LoggedTensor]) -> str:
+    """Return the name of the rule with these options and arrays; empty if there is none."""
+    if "beta1" in options:
+        if "momentum_decay" in options:
+            return "NAdam"
+        if "exp_inf" in arrays:
+            return "Adamax"
+        if "exp_avg" in arrays and "exp_avg_sq" in arrays:
+            radam = "decoupled_weight_decay" in options and "amsgrad" not in options
+            return "RAdam" if radam and "maximize" in options else "Adam"
+        return "Lion" if "exp_avg" in arrays and "epsilon" not in options else ""
+    if "ns_steps" in options:
+        return "Muon" if "ns_coefficients/0" in options and "momentum_buffer" in arrays else ""
+    if "dampening" in options:
+        return "SGD with momentum" if options.get("momentum") else "SGD"
+    if "alpha" in options and "square_avg" in arrays:
+        if options.get("centered"):
+            return "centered RMSprop"
+        return "RMSprop with momentum" if options.get("momentum") else "RMSprop"
+    if "beta2_decay" in options:
+        return "Adafactor"
+    if "rho" in options and "acc_delta" in arrays:
+        return "Adadelta"
+    return "Adagrad" if "lr_decay" in options and "sum" in arrays else ""
+
+
+def _decoupled(rule: str, options: Mapping[str, float]) -> bool | None:
+    """Return whether the decay of a rule is decoupled; None if its options do not show it."""
+    if rule in ("Muon", "Adafactor"):
+        return True
+    if rule == "Lion":
+        return bool(options.get("weight_decouple", 1.0))
+    if rule in ("Adam", "NAdam", "RAdam"):
+        declared = options.get("decoupled_weight_decay")
+        # NAdam and RAdam have had the option since they have had decoupled decay.
+        return bool(declared or 0.0) if declared is not None or rule != "Adam" else None
+    return False
+
+
+# One tensor ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Check:
+    """Figures of a recovered gradient.
+
+    Attributes
+    ----------
+    error_bound : float
+        Largest relative error of the norm of the gradient, or of its direction, that rounding causes. If the
+        gradient comes from a displacement and the learning rate changes, also that of the rate.
+    residual : float
+        Difference between the displacement of the recovered gradient and the logged one, relative to the latter;
+        NaN if it was not computed.
+    rounding : float
+        Largest residual that rounding explains.
+    grade : str
+        One of `GRADES`.
+    holds : bool
+        False if rounding does not explain the residual.
+    """
+
+    error_bound: float
+    residual: float
+    rounding: float
+    grade: str
+    holds: bool
+
+
+class TensorUpdate:
+    """Two states of a tensor and of its optimizer, k updates apart.
+
+    Parameters
+    ----------
+    name : str
+    readers : tuple of StepReader
+        Both steps.
+    logged : tuple of LoggedTensor
+        The parameter in both steps.
+    states : tuple of RuleState
+        What the optimizer saved for it.
+    span : int
+        Number of updates between the states, if the optimizer does not count them.
+
+    Raises
+    ------
+    NotInvertible
+        If the rule is not known, cannot be inverted, or not over k updates.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        readers: tuple[StepReader, StepReader],
+        logged: tuple[LoggedTensor, LoggedTensor],
+        states: tuple[RuleState, RuleState],
+        span: int,
+    ) -> None:
+        self.name, self._readers, self._logged, self._states = name, readers, logged, states
+        before, after = states
+        self.rule, self._decoupled = identified(after)
+        self.span = _updates(before, after, span)
+        self._cached: Update | None = None
+        if self.span < 1:
+            return
+        needed = self.rule.arrays(self._update(after.options, bool(self._decoupled)))
+        started = bool(before.arrays) or before.numbers.get("step", 0.0) > 0
+        for state, text in ((after, "its state"), *(((before, "the state before the update"),) if started else ())):
+            for array in needed:
+                if array not in state.arrays:
+                    raise NotInvertible(f"{self.rule.name} cannot be inverted: {text} lacks {array}")
+        if self.span > 1 and (self.rule.from_displacement or self.rule.single):
+            raise NotInvertible(
+                f"{self.rule.name} can be inverted only between consecutive states, and these are {self.span} "
+                "updates apart"
+            )
+        if self.rule.name == "SGD" and logged[1].dtype in _COARSE:
+            raise NotInvertible(f"SGD without momentum cannot be inverted from parameters in {logged[1].dtype}")
+        if self.rule.from_displacement and all(math.isnan(options[_RATE]) for options in self._options):
+            raise NotInvertible(f"{self.rule.name} cannot be inverted without the learning rate, which is not saved")
+
+    @property
+    def dtype(self) -> str:
+        """Dtype of the gradient: float64 if anything that it is computed from is, otherwise float32."""
+        dtypes = [logged.dtype for logged in (*self._logged, *self._states[1].arrays.values())]
+        return "float64" if "float64" in dtypes else "float32"
+
+    @property
+    def elements(self) -> int:
+        """Number of elements."""
+        return math.prod(self._logged[0].shape)
+
+    def gradient(self, start: int, stop: int) -> Iterator[Array]:
+        """Yield the gradient of elements ``start`` to ``stop``, slice by slice."""
+        update = self._prepared
+        for first in range(start, stop, _SLICE):
+            part = self._slice(update, first, min(first + _SLICE, stop))
+            yield self.rule.gradient(update, part)[0]
+
+    def check(self) -> Check:
+        """Compute the error bound of the gradient of the tensor, and apply the rule to it."""
+        update = self._prepared
+        # The rate of an update is saved with the state before it or after it; the check shows which.
+        rates = dict.fromkeys(options[_RATE] for options in self._options)
+        found = [self._check(replace(update, rate=rate)) for rate in rates if not self.rule.from_displacement]
+        return min(found or [self._check(update)], key=_distance)
+
+    def _check(self, update: Update) -> Check:
+        checkable = self.span == 1 and not math.isnan(update.rate)
+        if checkable and self.rule.context == "orthogonalized":
+            checkable = self.elements <= _LARGEST_MATRIX
+            context = self._orthogonalized(update) if checkable else {}
+            update = replace(update, context={**update.context, **context})
+        size = error = difference = allowed = moved = 0.0
+        moment = dict.fromkeys(("difference", "allowed", "change"), 0.0)
+        for first in range(0, self.elements, _SLICE):
+            part = self._slice(update, first, min(first + _SLICE, self.elements))
+            gradient, bound = self.rule.gradient(update, part)
+            size += _square(gradient)
+            error += _square(bound)
+            if not checkable:
+                continue
+            predicted, moments = self.rule.displacement(update, part, gradient)
+            low, high = (self.rule.displacement(update, part, gradient + sign * bound)[0] for sign in (-1.0, 1.0))
+            relative = _CHECK_ROUNDINGS * update.state_roundoff * self._conditioning(update)
+            explained = np.maximum(np.abs(high - predicted), np.abs(low - predicted)) + relative * np.abs(predicted)
+            explained += _CHECK_ROUNDINGS * update.parameter_roundoff * (
+                np.abs(part.parameter) + np.abs(part.next_parameter)
+            )
+            difference += _square(predicted - part.displacement)
+            allowed += _square(explained)
+            moved += _square(part.displacement)
+            for array, values in moments.items():
+                saved, keep = part.after[array], update.options["beta2"]
+                moment["difference"] += _square(values - saved)
+                moment["change"] += _square(saved - keep * part.before[array])
+                entered = self.rule.entered(update, part, gradient)
+                moment["allowed"] += _square(
+                    _CHECK_ROUNDINGS * update.state_roundoff * (saved + keep * part.before[array])
+                    + (1.0 - keep) * (2.0 * np.abs(entered) + bound) * bound
+                )
+        relative = _ratio(error, size)
+        if self.rule.from_displacement and update.rate:
+            relative += max(abs(options[_RATE] / update.rate - 1.0) for options in self._options)
+        if not checkable:
+            return Check(relative, math.nan, math.nan, NONE, holds=True)
+        residual, rounding = _ratio(difference, moved), _ratio(allowed, moved)
+        other, limit = (_ratio(moment[name], moment["change"]) for name in ("difference", "allowed"))
+        holds = not (residual > rounding or other > limit)
+        grade = self.rule.strength(update)
+        if not (rounding <= _VISIBLE and limit <= _VISIBLE_MOMENT):
+            grade = NONE
+        return Check(relative, residual, rounding, grade, holds)
+
+    def _conditioning(self, update: Update) -> float:
+        """Return how much the bias corrections, computed in the precision of the state, enlarge rounding errors."""
+        betas = [beta for beta in ("beta1", "beta2") if update.options.get(beta) and not math.isnan(update.count)]
+        return 1.0 + sum(1.0 / update.correction(beta) for beta in betas)
+
+    # What is the same for all elements
+
+    @cached_property
+    def _options(self) -> list[dict[str, float]]:
+        """The options of the update: those that are saved before it and after it, if they differ.
+
+        A schedule may change them before or after a state is saved.
+        """
+        found = [{_RATE: math.nan, **state.options} for state in self._states if state.options]
+        used = [{name: value for name, value in options.items() if name != "step"} for options in found]
+        return [options for index, options in enumerate(used) if options not in used[:index]]
+
+    def _update(self, options: Mapping[str, float], decoupled: bool) -> Update:
+        after = self._states[1]
+        parameter = max(unit_roundoff(logged.dtype) for logged in self._logged)
+        return Update(
+            options,
+            after.numbers.get("step", after.options.get("step", math.nan)),
+            self.span,
+            options.get(_RATE, math.nan),
+            decoupled,
+            max((unit_roundoff(logged.dtype) for logged in after.arrays.values()), default=parameter),
+            parameter,
+            after.numbers,
+        )
+
+    @property
+    def _prepared(self) -> Update:
+        """The update, with the options that explain it and what the rule needs of the complete tensor."""
+        if self._cached is None:
+            known = self._decoupled is not None
+            flags = (bool(self._decoupled),) if known else (True, False)
+            found = [self._update(options, decoupled) for options in self._options for decoupled in flags]
+            found = [replace(update, context=self._context(update)) for update in found]
+            others = [{**update.options, _RATE: 0.0} for update in found]
+            if not known or any(options != others[0] for options in others):
+                found = self._explaining(found, known=known)
+            self._cached = found[0]
+        return self._cached
+
+    def _explaining(self, updates: list[Update], *, known: bool) -> list[Update]:
+        """Return the updates whose check holds, the one with the smallest residual first."""
+        checks = [(self._check(update), update) for update in updates]
+        holding = [pair for pair in checks if pair[0].holds and not math.isnan(pair[0].residual)]
+        if not known and len({update.decoupled for _, update in holding}) != 1:
+            raise NotInvertible(
+                f"{self.rule.name} cannot be inverted: its options do not state whether weight decay is decoupled, "
+                "and neither does the displacement; write decoupled_weight_decay = true (AdamW) or false (Adam) "
+                "under [optimizer] in natgrad.toml in the folder of the log"
+            )
+        return [update for _, update in sorted(holding or checks[:1], key=lambda pair: _distance(pair[0]))]
+
+    def _context(self, update: Update) -> dict[str, Any]:
+        return self._factors(update) if self.rule.context == "factors" else {}
+
+    def _factors(self, update: Update) -> dict[str, Any]:
+        """Return the context of Adafactor; see `complete_factors`."""
+        before, after = self._small(0), self._small(1)
+        parameters = sum(_square(values) for values in self._values(0, "parameter"))
+
+        def squares(known: Update) -> float:
+            return sum(
+                _square(self.rule.gradient(known, self._slice(known, first, min(first + _SLICE, self.elements)))[0])
+                for first in range(0, self.elements, _SLICE)
+            )
+
+        epsilon = 2.0 * unit_roundoff(self._logged[0].dtype)
+        return complete_factors(update, self._logged[0].shape, before, after, parameters, squares, epsilon)
+
+    def _small(self, index: int) -> dict[str, Array]:
+        arrays = {name: math.prod(logged.shape) for name, logged in self._states[1].arrays.items()}
+        return {name: self._read(index, name, 0, size) for name, size in arrays.items()}
+
+    def _orthogonalized(self, update: Update) -> dict[str, Any]:
+        """Return the context of Muon; see `orthogonalized`."""
+        entered = []
+        for first in range(0, self.elements, _SLICE):
+            part = self._slice(update, first, min(first + _SLICE, self.elements))
+            new = part.after["momentum_buffer"]
+            if update.option("nesterov"):
+                h = self.rule.inverse(update, part)[0]
+                new = h + update.options["momentum"] * (new - h)
+            entered.append(new)
+        return orthogonalized(update, np.concatenate(entered).reshape(self._logged[0].shape))
+
+    # Reading
+
+    def _slice(self, update: Update, start: int, stop: int) -> Slice:
+        arrays = self.rule.arrays(update)
+        return Slice(
+            start,
+            self._read(0, "parameter", start, stop),
+            self._read(1, "parameter", start, stop),
+            {name: self._read(0, name, start, stop) for name in arrays},
+            {name: self._read(1, name, start, stop) for name in arrays},
+            first=not self._states[0].arrays,
+        )
+
+    def _values(self, index: int, array: str) -> Iterator[Array]:
+        for first in range(0, self.elements, _SLICE):
+            yield self._read(index, array, first, min(first + _SLICE, self.elements))
+
+    def _read(self, index: int, array: str, start: int, stop: int) -> Array:
+        state = self._states[index].arrays
+        if array != "parameter" and array not in state:
+            return np.zeros(stop - start)  # before the first update
+        logged = self._logged[index] if array == "parameter" else state[array]
+        words = np.empty(stop - start, storage_dtype(logged.dtype))
+        self._readers[index].read(array, self.name, start, words)
+        return widened(words, logged.dtype).astype(np.float64)
+
+
+_CHECK_ROUNDINGS = 8.0
+"""Rounding errors of a displacement, in units of the roundoff."""
+
+
+def _square(values: Array) -> float:
+    return float(values @ values)
+
+
+def _ratio(numerator: float, denominator: float) -> float:
+    """Return the ratio of two norms from their squares; 0 if both are 0."""
+    if denominator == 0:
+        return 0.0 if numerator == 0 else math.inf
+    return math.sqrt(numerator / denominator)
+
+
+def _updates(before: RuleState, after: RuleState, span: int) -> int:
+    """Return the number of updates between two states, by the counter of the optimizer if it has one."""
+    for counts in ("numbers", "options"):
+        new = getattr(after, counts).get("step")
+        if new is not None:
+            return int(new - getattr(before, counts).get("step", 0.0))
+    return span
+
+
+def _distance(check: Check) -> float:
+    return math.inf if math.isnan(check.residual) else check.residual
