@@ -18,7 +18,7 @@ from natgrad.schema.errors import InputError
 from natgrad.schema.names import RECOVERY, STATES
 from natgrad.sources.base import Ranged, Source, StepContent, StepReader
 from natgrad.sources.byte_ranges import ByteRange
-from natgrad.sources.optimizers.recovery import GRADES, RULE_NAMES, NotInvertible, TensorUpdate
+from natgrad.sources.optimizers.recovery import GRADES, RULE_NAMES, NotInvertible, TensorUpdate, keeps_state
 from natgrad.sources.optimizers.state import OptimizerState
 from natgrad.sources.steps import LoggedStep, LoggedTensor, Unreadable, where
 
@@ -241,7 +241,7 @@ class _RecoveredStep:
         for tensor, state in after.rules.items():
             if tensor not in before.rules or not all(tensor in named for named in parameters):
                 continue
-            if started and not state.arrays and not state.numbers:
+            if started and keeps_state(state) and not state.arrays and not state.numbers:
                 continue  # it has never had a gradient
             try:
                 update = TensorUpdate(

@@ -33,7 +33,7 @@ from natgrad.sources.optimizers.update_rules import (
 )
 from natgrad.sources.steps import LoggedTensor
 
-__all__ = ["GRADES", "RULE_NAMES", "Check", "NotInvertible", "TensorUpdate", "identified"]
+__all__ = ["GRADES", "RULE_NAMES", "Check", "NotInvertible", "TensorUpdate", "identified", "keeps_state"]
 
 Array = NDArray[np.float64]
 
@@ -101,6 +101,11 @@ def identified(state: RuleState) -> tuple[Rule, bool | None]:
     if not options.get("weight_decay"):
         return rule, False
     return rule, _decoupled(rule.name, options)
+
+
+def keeps_state(state: RuleState) -> bool:
+    """Return False for SGD without momentum, the only rule that keeps nothing between updates."""
+    return _name(state.options, state.arrays) != "SGD"
 
 
 _KNOWN_NAMES = ("step", "mu_product", "momentum_buffer")
@@ -287,9 +292,10 @@ class TensorUpdate:
             low, high = (self.rule.displacement(update, part, gradient + sign * bound)[0] for sign in (-1.0, 1.0))
             relative = _CHECK_ROUNDINGS * update.state_roundoff * self._conditioning(update)
             explained = np.maximum(np.abs(high - predicted), np.abs(low - predicted)) + relative * np.abs(predicted)
-            explained += _CHECK_ROUNDINGS * update.parameter_roundoff * (
-                np.abs(part.parameter) + np.abs(part.next_parameter)
-            )
+            # The parameters are rounded after the update, and before it by the factor of decoupled decay.
+            explained += 2.0 * update.parameter_roundoff * np.abs(part.next_parameter)
+            if update.decoupled and update.decay:
+                explained += 4.0 * update.parameter_roundoff * np.abs(part.parameter)
             difference += _square(predicted - part.displacement)
             allowed += _square(explained)
             moved += _square(part.displacement)
