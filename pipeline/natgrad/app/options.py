@@ -463,6 +463,12 @@ def _included() -> Iterable[str]:
     return INCLUDES
 
 
+def _gradients() -> Iterable[str]:
+    from natgrad.schema.names import GRADIENTS
+
+    return GRADIENTS
+
+
 def _storage_kinds() -> Iterable[str]:
     from natgrad.storage import KINDS
 
@@ -632,6 +638,26 @@ class ReadOptions(LogOptions, total=False):
             "Read the states of a new OUT from the files of the log instead of copying them. The files must stay "
             "as they are; the ledger and the results do not need them.",
             False,
+        ),
+    ]
+    gradient: Annotated[
+        str | None,
+        Option(
+            "Where gradients come from: logged, or from-optimizer, which recovers them from consecutive states of "
+            "the optimizer.",
+            unset="logged",
+            metavar="NAME",
+            choices=_gradients,
+        ),
+    ]
+    largest_span: Annotated[
+        int | None,
+        Option(
+            "Largest number of updates between two states from which --gradient from-optimizer recovers a gradient, "
+            "a weighted mean over these updates.",
+            unset="20",
+            metavar="K",
+            minimum=1,
         ),
     ]
     include: Annotated[

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Sequence
 
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import promote
-from natgrad.schema.names import HYPERPARAMETERS, OPTIMIZER_STATES, REPLICATE_LOSS, REPLICATE_STATES, STATES
+from natgrad.schema.names import OPTIMIZER_STATES, REPLICATE_LOSS, REPLICATE_STATES, STATES, WITHOUT_STATE
 from natgrad.sources.base import Source, StepContent
 from natgrad.sources.completion import complete, not_at_every_step
 from natgrad.sources.steps import LoggedStep, LoggedTensor, NotYet, where
@@ -53,7 +53,7 @@ def stores_optimizer(trajectory: Trajectory | None, include: Sequence[str] = ())
     """Return whether to store optimizer state. An existing trajectory keeps its original setting."""
     if trajectory is None:
         return "optimizer" in include
-    stored = any(name not in HYPERPARAMETERS for name in trajectory.tables)
+    stored = any(name not in WITHOUT_STATE for name in trajectory.tables)
     if "optimizer" in include and not stored:
         raise InputError(
             "the trajectory was created without the optimizer state",

@@ -35,6 +35,7 @@ from natgrad.schema.names import (
     HYPERPARAMETERS,
     METRIC_EIGENVALUES,
     OPTIMIZER_NUMBERS,
+    RECOVERY,
     REPLICATE_LOSS,
     SCALARS,
     STEP,
@@ -120,6 +121,8 @@ def ingest(
     shift: Mapping[str, int] | None = None,
     pattern: str | None = None,
     exact_names: bool = False,
+    gradient: str | None = None,
+    largest_span: int | None = None,
     sweep: bool = False,
     allow_gaps: bool = False,
     in_place: bool = False,
@@ -150,6 +153,10 @@ def ingest(
         Names of the steps, with ``{step}`` for the number; see `natgrad.sources.step_names.Naming`.
     exact_names : bool
         Do not match names of tensors that differ by a known rule. It is fixed as well.
+    gradient : str, optional
+        Where gradients come from, one of `natgrad.schema.names.GRADIENTS`: the log by default. It is fixed as well.
+    largest_span : int, optional
+        Largest number of updates between two states from which a gradient is recovered.
     sweep : bool
         The source is a folder with the logs of many runs of one model, which become one trajectory.
     allow_gaps : bool
@@ -188,7 +195,7 @@ def ingest(
     ListingChanged
         If files were removed while they were read, after each of several listings of the log.
     """
-    options = ReadOptions.requested(sources, mapping, shift, pattern, exact_names)
+    options = ReadOptions.requested(sources, mapping, shift, pattern, exact_names, gradient, largest_span)
     options = options if overwrite else options.for_resuming(store)
     log = _with_new_listings(
         lambda: open_sources(
@@ -199,6 +206,7 @@ def ingest(
             sweep=sweep,
             pattern=options.pattern,
             exact_names=options.exact_names,
+            recover=options.recover,
         )
     )
     stored, completed = list[int](), list[int]()
@@ -427,6 +435,7 @@ def _matching_trajectory(
         source, sweep = str(first.storage.parent.absolute()), bool(first.run)
         described = list(contents.values())
         tables = _tables(first, described, dtypes) if optimizer else _hyperparameter_tables(described)
+        tables += RECOVERY if options.recover is not None else ()
         return Trajectory.create(
             store,
             layout,

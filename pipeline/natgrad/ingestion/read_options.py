@@ -11,7 +11,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 from natgrad.schema.errors import InputError
+from natgrad.schema.names import FROM_OPTIMIZER, LOGGED
 from natgrad.sources.names import SCALAR_LOG_QUANTITIES
+from natgrad.sources.recovered import LARGEST_SPAN
 from natgrad.sources.run_file import run_file_options
 from natgrad.storage import Storage
 from natgrad.store import Trajectory, exists
@@ -33,6 +35,10 @@ class ReadOptions:
         Names of the steps (``--pattern``); empty for the usual names.
     exact_names : bool
         Whether tensors with names that differ by a known rule are not matched (``--exact-names``).
+    gradient : str
+        Where gradients come from, one of `natgrad.schema.names.GRADIENTS` (``--gradient``).
+    largest_span : int
+        Largest number of updates between two states from which a gradient is recovered (``--largest-span``).
     several : bool
         Whether there are several sources.
     sources : mapping, optional
@@ -43,6 +49,8 @@ class ReadOptions:
     shift: Mapping[str, int] = field(default_factory=dict)
     pattern: str = ""
     exact_names: bool = False
+    gradient: str = LOGGED
+    largest_span: int = LARGEST_SPAN
     several: bool = False
     sources: Mapping[str, Any] | None = None
 
@@ -54,20 +62,29 @@ class ReadOptions:
         shift: Mapping[str, int] | None,
         pattern: str | None = None,
         exact_names: bool = False,
+        gradient: str | None = None,
+        largest_span: int | None = None,
     ) -> Self:
         """Return the options requested by a user.
 
         Raises
         ------
         InputError
-            If a run file cannot be read.
+            If a run file cannot be read, or if there is a largest span, but gradients are not recovered.
         """
+        if largest_span is not None and gradient != FROM_OPTIMIZER:
+            raise InputError(
+                "--largest-span applies only to gradients that are recovered from optimizer states",
+                remedy="add --gradient from-optimizer, or omit --largest-span",
+            )
         listed = run_file_options(sources[0]) if len(sources) == 1 else None
         return cls(
             mapping=mapping or {},
             shift=shift or {},
             pattern=pattern or "",
             exact_names=exact_names,
+            gradient=gradient or LOGGED,
+            largest_span=LARGEST_SPAN if largest_span is None else largest_span,
             several=len(sources) > 1,
             sources=listed,
         )
@@ -80,13 +97,22 @@ class ReadOptions:
             shift=stored.get("shift", {}),
             pattern=stored.get("pattern", ""),
             exact_names=stored.get("exact_names", False),
+            gradient=stored.get("gradient", LOGGED),
+            largest_span=stored.get("largest_span", LARGEST_SPAN),
             several=stored.get("several", False),
             sources=stored.get("sources"),
         )
 
+    @property
+    def recover(self) -> int | None:
+        """Largest number of updates between two states from which a gradient is recovered; None if none is."""
+        return self.largest_span if self.gradient == FROM_OPTIMIZER else None
+
     def to_json(self) -> dict[str, Any]:
         """Return the options in the form that a trajectory stores."""
-        exact = {"exact_names": True} if self.exact_names else {}
+        exact: dict[str, Any] = {"exact_names": True} if self.exact_names else {}
+        if self.recover is not None:
+            exact |= {"gradient": self.gradient, "largest_span": self.largest_span}
         if self.sources is not None:
             return {"sources": dict(self.sources), **exact}
         named = {"pattern": self.pattern} if self.pattern else {}
@@ -112,6 +138,11 @@ class ReadOptions:
         original = self.from_json(trajectory.read_options)
         if self.exact_names and not original.exact_names:
             raise _changed_options(store, "it was created without --exact-names")
+        if self.recover is not None and self.recover != original.recover:
+            created = "without it" if original.recover is None else f"with --largest-span {original.recover}"
+            difference = f"--gradient from-optimizer --largest-span {self.recover} is passed, but it was created {created}"
+            raise _changed_options(store, difference)
+        fixed = {name: getattr(original, name) for name in ("exact_names", "gradient", "largest_span")}
         if self.sources is not None or original.sources is not None:
             # A single source is not compared with a run file, because it may be the folder of a restarted run.
             before = original.sources or {}
@@ -119,7 +150,7 @@ class ReadOptions:
                 if before.get(path, options) != options:
                     difference = f"the run file had {before[path]} for {path!r}, and now it has {options}"
                     raise _changed_options(store, difference)
-            return replace(self, exact_names=original.exact_names)
+            return replace(self, **fixed)
         # With a log of scalars, the keys of scalars apply to it. Without one, they apply to the log with tensors.
         other_log = frozenset(SCALAR_LOG_QUANTITIES) if self.several != original.several else frozenset()
         _require_unchanged(store, "--map", original.mapping, self.mapping, None, other_log)
@@ -140,8 +171,8 @@ class ReadOptions:
             mapping={**kept, **self.mapping},
             shift={**original.shift, **self.shift},
             pattern=original.pattern,
-            exact_names=original.exact_names,
             several=self.several,
+            **fixed,
         )
 
 

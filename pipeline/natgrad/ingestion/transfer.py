@@ -27,6 +27,7 @@ from natgrad.schema.names import (
     ATTEMPT,
     METRIC_EIGENVALUES,
     OPTIMIZER_STATES,
+    RECOVERY,
     REPLICATE_STATES,
     RUN,
     STEP,
@@ -36,6 +37,7 @@ from natgrad.sources.base import Source, StepContent, StepReader
 from natgrad.sources.listed import ListedLog
 from natgrad.sources.optimizers.logged_metric import extremes
 from natgrad.sources.optimizers.state import OptimizerState, RotatedMetric
+from natgrad.sources.recovered import RecoveredGradients
 from natgrad.sources.steps import LoggedStep, NotYet, where
 from natgrad.store import Trajectory, checksum
 from natgrad.store.references import StateReference
@@ -216,6 +218,7 @@ class Writer:
         self._no_metric: dict[str, _UnknownMetric] = {}
         # Smallest and largest element of each tensor, for the states of one commit.
         self._extremes = np.empty((0, 2, len(trajectory.layout.tensors)))
+        self._recovery: list[Mapping[str, Mapping[str, float]]] = []
         self._eigenvalues = np.empty((0, len(METRIC_EIGENVALUES), len(trajectory.layout.tensors)))
         # Groups of arrays that are read before any of them is written. With several steps per chunk, all arrays
         # form one group, so each step is opened once. With one step per chunk (a wide model), each array is a
@@ -307,6 +310,7 @@ class Writer:
         checksums: dict[str, list[list[int]]] = {name: [[] for _ in new] for name in trajectory.dtypes}
         self._extremes = np.full((len(new), 2, len(trajectory.layout.tensors)), np.nan)
         self._eigenvalues = np.full((len(new), len(METRIC_EIGENVALUES), len(trajectory.layout.tensors)), np.nan)
+        self._recovery = [self._recovered(state) for state in new] if {*RECOVERY} & {*trajectory.tables} else []
         start, steps = trajectory.n_fixed, trajectory.chunk[0]
         position = 0
         while position < len(new):
@@ -352,6 +356,13 @@ class Writer:
                 self._copied[name] = count + 1, first
         return found
 
+    def _recovered(self, state: NewState) -> Mapping[str, Mapping[str, float]]:
+        """Check the recovered gradients of a state, and return the numbers in `RECOVERY` by tensor."""
+        if state.repeats is not None:
+            return {}
+        with self._log.open(state.step) as reader:
+            return reader.recovery() if isinstance(reader, RecoveredGradients) else {}
+
     def _is_copied(self, position: int, name: str) -> bool:
         reference = self._references[position]
         return reference is None or name not in reference.arrays
@@ -369,6 +380,9 @@ class Writer:
             return np.asarray(self._extremes[position, EXTREMES.index(name)])
         if name in METRIC_EIGENVALUES:
             return np.asarray(self._eigenvalues[position, METRIC_EIGENVALUES.index(name)])
+        if name in RECOVERY:
+            of_tensors = self._recovery[position].get(name, {})
+            return np.array([of_tensors.get(tensor, math.nan) for tensor in self._trajectory.layout.names])
         optimizer = self._contents[state.step].optimizer
         values = {} if optimizer is None else optimizer.numbers.get(name, {})
         if optimizer is not None and name in ("metric_factored", "metric_rescaled"):

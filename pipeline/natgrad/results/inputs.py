@@ -16,12 +16,13 @@ from natgrad.schema.layout import Layout
 from natgrad.schema.logs import logger
 from natgrad.schema.names import (
     ATTEMPT,
-    HYPERPARAMETERS,
     METRIC_EIGENVALUES,
     OPTIMIZER_NUMBERS,
+    RECOVERY,
     RUN,
     TENSOR_WEIGHT_DECAY,
     WEIGHT_DECAY,
+    WITHOUT_STATE,
 )
 from natgrad.store import Ledger, Trajectory
 from natgrad.theory.preconditioners import adam_eigenvalues
@@ -294,7 +295,7 @@ def update_table(
         runs=states.runs if states.sweep else (),
         run=run[updates] if states.sweep else None,
         loss_time_derivative=states.scalar("loss_time_derivative")[updates],
-        optimizer=_optimizer(states, updates, rates) if set(states.tables) - set(HYPERPARAMETERS) else None,
+        optimizer=_optimizer(states, updates, rates) if set(states.tables) - set(WITHOUT_STATE) else None,
         tensor_learning_rate=of_tensors,
         weight_decay=_weight_decay(states, updates, steps[updates], ledger.layout, weight_decay),
         evaluation=evaluation,
@@ -383,7 +384,7 @@ def _optimizer(states: Trajectory, updates: NDArray[np.int64], learning_rate: ND
     metric is computed from them, and otherwise from Adam's second moment. If the update of a tensor was rescaled by
     a factor that is not saved, the rate of the tensor is NaN.
     """
-    after = {name: states.scalar(name)[updates + 1] for name in OPTIMIZER_NUMBERS if name not in HYPERPARAMETERS}
+    after = {name: states.scalar(name)[updates + 1] for name in OPTIMIZER_NUMBERS if name not in WITHOUT_STATE}
     low, high = adam_eigenvalues(
         after["exp_avg_sq_min"], after["exp_avg_sq_max"], after["beta2"], after["epsilon"], after["updates"]
     )

@@ -8,9 +8,12 @@ __all__ = [
     "DESCENTS",
     "ELEMENT",
     "EVALUATIONS",
+    "FROM_OPTIMIZER",
     "GAMMA",
+    "GRADIENTS",
     "HVP",
     "HYPERPARAMETERS",
+    "LOGGED",
     "METRIC_EIGENVALUES",
     "OPTIMIZER_NUMBERS",
     "OPTIMIZER_STATES",
@@ -34,6 +37,7 @@ __all__ = [
     "VECTORS",
     "WEIGHT_DECAY",
     "WINDOW",
+    "WITHOUT_STATE",
     "WITH_REPLICATE_VECTOR",
     "WITH_VECTOR",
     "ledger_vectors",
@@ -83,6 +87,19 @@ names are for the metric used in the update from this state."""
 
 TENSOR_WEIGHT_DECAY = "tensor_decoupled_weight_decay"
 
+RECOVERY = (
+    "gradient_error_bound",
+    "gradient_check_residual",
+    "gradient_check_rounding",
+    "gradient_check",
+    "gradient_rule",
+    "gradient_updates",
+)
+"""Arrays (step, tensor) that are stored if gradients are recovered from optimizer states: the largest relative error
+of the gradient, the difference between its displacement and the logged one, the largest difference that rounding
+explains, what the comparison proves (0: nothing, 1: the learning rate, 2: the gradient), the number of the update
+rule, and the number of updates to the next state."""
+
 OPTIMIZER_NUMBERS = (
     "tensor_learning_rate",
     TENSOR_WEIGHT_DECAY,
@@ -97,6 +114,7 @@ OPTIMIZER_NUMBERS = (
     *METRIC_EIGENVALUES,
     "metric_factored",
     "metric_rescaled",
+    *RECOVERY,
 )
 """Arrays (step, tensor) of the optimizer state: the options of the parameter group of each tensor, the number of
 updates of the state, the smallest and largest element of ``exp_avg_sq``, the eigenvalues of the metric, a flag (1)
@@ -105,20 +123,15 @@ NaN. ``weight_decay`` is the saved option, and ``tensor_decoupled_weight_decay``
 if the optimizer adds its decay to the gradient."""
 
 HYPERPARAMETERS = ("tensor_learning_rate", TENSOR_WEIGHT_DECAY)
+"""Options of an optimizer that are stored with or without the rest of its state."""
+
+WITHOUT_STATE = (*HYPERPARAMETERS, *RECOVERY)
 """Optimizer numbers that are stored with or without the rest of the state."""
 
-RECOVERY = (
-    "gradient_error_bound",
-    "gradient_check_residual",
-    "gradient_check_rounding",
-    "gradient_check",
-    "gradient_rule",
-    "gradient_updates",
-)
-"""Arrays (step, tensor) that are stored if gradients are recovered from optimizer states: the largest relative error
-of the gradient, the difference between its displacement and the logged one, the largest difference that rounding
-explains, what the comparison proves (0: nothing, 1: the learning rate, 2: the gradient), the number of the update
-rule, and the number of updates to the next state."""
+LOGGED, FROM_OPTIMIZER = "logged", "from-optimizer"
+
+GRADIENTS = (LOGGED, FROM_OPTIMIZER)
+"""Where the gradients of a log come from: the log, or the differences between the states of its optimizer."""
 
 WEIGHT_DECAY = "decoupled_weight_decay"
 

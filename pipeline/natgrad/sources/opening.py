@@ -16,6 +16,7 @@ from natgrad.sources.formats import FORMATS, find_format, unnumbered_format
 from natgrad.sources.joined import JoinedSource
 from natgrad.sources.ledger_log import LedgerLog, holds_ledgers
 from natgrad.sources.names import CHECKPOINT, SCALAR_LOG_QUANTITIES, checked_shift
+from natgrad.sources.recovered import Recovered
 from natgrad.sources.run_file import find_run_file, listed_logs
 from natgrad.sources.scalars.scalar_log import Kind as ScalarKind
 from natgrad.sources.scalars.scalar_log import ScalarLog
@@ -109,6 +110,7 @@ def open_sources(
     sweep: bool = False,
     pattern: str = "",
     exact_names: bool = False,
+    recover: int | None = None,
 ) -> Source:
     """Open the logs of one run, joined by step if there are several, or open a folder of many runs.
 
@@ -123,6 +125,8 @@ def open_sources(
         Names of the steps. If there are several logs, it applies to the log with tensors.
     exact_names : bool
         Do not match names of tensors that differ by a known rule; see `natgrad.sources.tensor_names`.
+    recover : int, optional
+        Recover the gradients from states of the optimizer that are at most so many updates apart.
 
     Raises
     ------
@@ -130,7 +134,8 @@ def open_sources(
         See `open_source`. For a sweep, also if the folder contains no runs.
     """
     source = _open_sources(locations, format, mapping, shift, sweep=sweep, pattern=pattern)
-    return source if exact_names else MatchedNames(source)
+    source = source if exact_names else MatchedNames(source)
+    return source if recover is None else Recovered(source, recover)
 
 
 def _open_sources(

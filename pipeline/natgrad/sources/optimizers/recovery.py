@@ -46,11 +46,9 @@ RULE_NAMES = tuple(RULES)
 _SLICE = 1 << 16
 """Elements that are processed at once, which fit into the cache."""
 
-_VISIBLE = 1e-2
-"""Largest rounding of a check that proves something, relative to the displacement."""
-
-_VISIBLE_MOMENT = 0.1
-"""The same for the second moment, relative to its change by the gradient."""
+_VISIBLE = 0.1
+"""Largest rounding of a check that proves something, relative to the displacement, and of the second moment relative
+to its change by the gradient."""
 
 _LARGEST_MATRIX = 1 << 22
 """Elements of the largest matrix whose direction under Muon is computed for the check."""
@@ -297,7 +295,7 @@ class TensorUpdate:
             if update.decoupled and update.decay:
                 explained += 4.0 * update.parameter_roundoff * np.abs(part.parameter)
             difference += _square(predicted - part.displacement)
-            allowed += _square(explained)
+            allowed += _square(explained) + self.rule.slack**2 * _square(predicted)
             moved += _square(part.displacement)
             for array, values in moments.items():
                 saved, keep = part.after[array], update.options["beta2"]
@@ -317,7 +315,7 @@ class TensorUpdate:
         other, limit = (_ratio(moment[name], moment["change"]) for name in ("difference", "allowed"))
         holds = not (residual > rounding or other > limit)
         grade = self.rule.strength(update)
-        if not (rounding <= _VISIBLE and limit <= _VISIBLE_MOMENT):
+        if not max(rounding, limit) <= _VISIBLE:
             grade = NONE
         return Check(relative, residual, rounding, grade, holds)
 

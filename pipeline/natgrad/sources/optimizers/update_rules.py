@@ -135,7 +135,11 @@ class Rule:
     strength : callable
         Return what agreement of this displacement with the logged one proves for an `Update`.
     from_displacement : bool
-        The inverse uses the displacement and the learning rate. It then holds for a single update only.
+        The inverse uses the displacement and the learning rate. It holds for a single update only.
+    single : bool
+        The inverse holds for a single update only, although it uses no displacement.
+    slack : float
+        Error of the displacement that the arithmetic of the rule causes, whatever the dtype of the state.
     context : str
         What the rule needs of the complete tensor: "", ``factors`` (`complete_factors`) or ``orthogonalized``.
     """
@@ -148,6 +152,7 @@ class Rule:
     from_displacement: bool = False
     single: bool = False
     context: str = ""
+    slack: float = 0.0
 
     def gradient(self, update: Update, part: Slice) -> tuple[Array, Array]:
         """Return the gradient, and the largest error of its elements that rounding causes."""
@@ -480,6 +485,7 @@ RULES: dict[str, Rule] = {
             _muon_step,
             lambda update: VERIFIED if update.option("nesterov") else RATE_ONLY,
             context="orthogonalized",
+            slack=2.0**-5,  # five iterations in bfloat16, whose products torch may add in another order
         ),
         Rule(
             "SGD with momentum",
