@@ -140,7 +140,9 @@ class ReadOptions:
             raise _changed_options(store, "it was created without --exact-names")
         if self.recover is not None and self.recover != original.recover:
             created = "without it" if original.recover is None else f"with --largest-span {original.recover}"
-            difference = f"--gradient from-optimizer --largest-span {self.recover} is passed, but it was created {created}"
+            difference = (
+                f"--gradient from-optimizer --largest-span {self.recover} is passed, but it was created {created}"
+            )
             raise _changed_options(store, difference)
         fixed = {name: getattr(original, name) for name in ("exact_names", "gradient", "largest_span")}
         if self.sources is not None or original.sources is not None:

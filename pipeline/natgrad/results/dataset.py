@@ -180,6 +180,7 @@ def root_attributes(
         "layout_version": LAYOUT_VERSION,
         "evaluation": table.evaluation,
         "gradient_source": table.gradient_source,
+        **({} if table.recovery is None else table.recovery.attributes()),
     }
 
 

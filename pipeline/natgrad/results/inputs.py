@@ -18,12 +18,12 @@ from natgrad.schema.names import (
     ATTEMPT,
     METRIC_EIGENVALUES,
     OPTIMIZER_NUMBERS,
-    RECOVERY,
     RUN,
     TENSOR_WEIGHT_DECAY,
     WEIGHT_DECAY,
     WITHOUT_STATE,
 )
+from natgrad.results.recovery import Recovery
 from natgrad.store import Ledger, Trajectory
 from natgrad.theory.preconditioners import adam_eigenvalues
 from natgrad.theory.windows import consecutive
@@ -90,6 +90,8 @@ class UpdateTable:
         Coefficient lambda of decoupled weight decay, if it is requested or known and not 0; NaN where not known.
     evaluation : str
         What the loss and the gradient of a step are evaluated on; see `natgrad.schema.names.EVALUATIONS`.
+    recovery : Recovery, optional
+        Figures of the gradients, if they were recovered from states of the optimizer.
     gradient_logged : bool array, shape (updates, 2), optional
         False if the state before, or after, the update has no gradient. Default: all have one.
     with_time : bool array, shape (updates,), optional
@@ -120,6 +122,7 @@ class UpdateTable:
     tensor_learning_rate: Array | None = None
     weight_decay: Array | None = None
     evaluation: str = "unknown"
+    recovery: Recovery | None = None
     gradient_logged: NDArray[np.bool_] | None = None
     with_time: NDArray[np.bool_] | None = None
     loss_precision: tuple[float, float] | None = None
@@ -149,7 +152,9 @@ class UpdateTable:
 
     @property
     def gradient_source(self) -> str:
-        """Origin of the gradients: ``logged``, or ``none`` if no state has one."""
+        """Origin of the gradients: ``logged``, ``recovered``, or ``none`` if no state has one."""
+        if self.recovery is not None:
+            return "recovered"
         return "logged" if self.gradient_logged is None or self.gradient_logged.any() else "none"
 
     @property
@@ -279,6 +284,7 @@ def update_table(
     loss = states.scalar("loss")
     logged = np.full(len(attempts), states.has_gradient)
     logged[[state for state, names in states.lacking().items() if "gradient" in names]] = False
+    recovery = Recovery.of(states, updates)
     rates, of_tensors = _learning_rates(states, updates, learning_rate)
     return updates, UpdateTable(
         gram=ledger.read_updates(updates) if with_gram else np.empty((len(updates), 0, 0, 0)),
@@ -298,7 +304,9 @@ def update_table(
         optimizer=_optimizer(states, updates, rates) if set(states.tables) - set(WITHOUT_STATE) else None,
         tensor_learning_rate=of_tensors,
         weight_decay=_weight_decay(states, updates, steps[updates], ledger.layout, weight_decay),
-        evaluation=evaluation,
+        # Each recovered gradient belongs to the mini-batch of its update.
+        evaluation="batch" if recovery is not None and evaluation == "unknown" else evaluation,
+        recovery=recovery,
         gradient_logged=np.stack([logged[updates], logged[updates + 1]], axis=1),
     )
 

@@ -157,6 +157,8 @@ def _uncorrected(table: UpdateTable, estimate: GradientEstimate) -> tuple[Aggreg
         of_tensors = geometry.pair(gram, vectors, own_rate, sizes, half=half)
     displacement_floor = geometry.displacement_floor(norm("parameter"), norm("displacement"), roundoff, underflow)
     gradient_floor = _rounding_error(norm("gradient"), sizes, table.dtypes["gradient"])
+    if table.recovery is not None:
+        gradient_floor = gradient_floor + table.recovery.error_bound * norm("gradient")
     # A gradient that was not logged is NaN as well.
     own_logged, next_logged = np.ones((2, len(gram), 1), bool)
     if table.gradient_logged is not None:

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from natgrad.results.objective import objective_residual
+from natgrad.results.recovery import GradientCheck, of_model
 from natgrad.results.updates import LONGEST_WINDOW, Defined, Updates, UpdateVariable
 from natgrad.schema.errors import InputError
 from natgrad.schema.extensions import Extension, registered
@@ -84,6 +85,29 @@ def _preconditioner_condition_number(updates: Updates) -> Array:
         raise InputError("the optimizer state is not stored", remedy="ingest the log with --include optimizer")
     of_tensors, of_model = condition_number(used.smallest, used.largest, used.learning_rate)
     return of_model if updates.aggregation_name == "model" else of_tensors
+
+
+def _gradient_error_bound(updates: Updates) -> Array:
+    return _recovery_error(updates, "error_bound", "gradient")
+
+
+def _gradient_check_residual(updates: Updates) -> Array:
+    return _recovery_error(updates, "residual", "displacement")
+
+
+def _recovery_error(updates: Updates, figure: str, vector: str) -> Array:
+    table = updates.table
+    values = np.asarray(getattr(table.recovery, figure))
+    if updates.aggregation_name == "tensor":
+        return values
+    index = table.vectors.index(vector)
+    return of_model(values, np.sqrt(table.gram[..., index, index]))
+
+
+def _gradient_check(updates: Updates) -> NDArray[np.int8]:
+    recovery = updates.table.recovery
+    assert recovery is not None
+    return recovery.check()
 
 
 def _discrete_identity_residual(updates: Updates) -> Array:
@@ -214,6 +238,45 @@ VARIABLES: dict[str, UpdateVariable] = {
             long_name="norm of the negative gradient",
             description="Norm of the estimate of the negative gradient selected by the dimension descent. "
             f"{_OUT_OF_RANGE}",
+        ),
+        UpdateVariable(
+            name="gradient_error_bound",
+            compute=_gradient_error_bound,
+            needs=("recovery",),
+            dimensions=_SINGLE,
+            units="1",
+            equation="|dy| / |y|",
+            long_name="largest relative error of the recovered gradient",
+            description="Largest error of a gradient that was recovered from states of the optimizer, by rounding "
+            "of these states, relative to its norm. Present only if gradients are recovered. NaN where the gradient "
+            "is not known.",
+        ),
+        UpdateVariable(
+            name="gradient_check_residual",
+            compute=_gradient_check_residual,
+            needs=("recovery",),
+            dimensions=_SINGLE,
+            units="1",
+            equation="|d' - d| / |d|, with the displacement d' that the update rule makes of the gradient",
+            long_name="difference between the displacement of the recovered gradient and the logged one",
+            description="Residual of the check of recovered gradients; gradient_check states what it proves. "
+            "Present only if gradients are recovered. NaN if it was not computed, as for states that are several "
+            "updates apart.",
+        ),
+        UpdateVariable(
+            name="gradient_check",
+            compute=_gradient_check,
+            needs=("recovery",),
+            aggregations=("tensor",),
+            fill=GradientCheck.UNKNOWN,
+            flags=GradientCheck,
+            dimensions=_SINGLE,
+            units="1",
+            equation="the update rule applied to the recovered gradient",
+            long_name="what the check of the recovered gradient proves",
+            description="Verified if other gradients would not explain the displacement, rate_only if it proves the "
+            "learning rate, but not the gradient, none if it proves nothing. Present only if gradients are "
+            "recovered. Unknown where the gradient is not known.",
         ),
         UpdateVariable(
             name="alignment",

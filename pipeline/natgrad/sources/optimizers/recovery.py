@@ -243,7 +243,9 @@ class TensorUpdate:
         if self.rule.name == "SGD" and logged[1].dtype in _COARSE:
             raise NotInvertible(f"SGD without momentum cannot be inverted from parameters in {logged[1].dtype}")
         if self.rule.from_displacement and all(math.isnan(options[_RATE]) for options in self._options):
-            raise NotInvertible(f"{self.rule.name} cannot be inverted without the learning rate, which is not saved")
+            raise NotInvertible(
+                f"{self.rule.name} cannot be inverted without the learning rate, which is not saved"
+            )
 
     @property
     def dtype(self) -> str:

@@ -63,7 +63,9 @@ _NUMBERS = {
 # Levels are joined by slashes, or by dots if torch flattened the dict of the optimizer.
 _QUANTIZED = ("state1", "qmap1", "absmax1")
 """Keys of bitsandbytes: the first moment in blocks of 8 bits, its code book, and the scale of each block."""
-_ENTRY = re.compile(rf"state[/.](.+)[/.]({'|'.join((*_ARRAYS, *_RULE_ARRAYS, *_QUANTIZED))}|step|mu_product|{factors.ENTRY})")
+_ENTRY = re.compile(
+    rf"state[/.](.+)[/.]({'|'.join((*_ARRAYS, *_RULE_ARRAYS, *_QUANTIZED))}|step|mu_product|{factors.ENTRY})"
+)
 _OTHER = re.compile(r"state/([^/]+)/([^/]+)(?:/.*)?")
 _DECAY_OPTIONS = ("decoupled_weight_decay", "dampening", "ns_steps")
 """Options that show how an optimizer applies weight decay, see `_decoupled_decay`."""

@@ -282,7 +282,9 @@ def _from_displacement(update: Update, part: Slice, rate: float, scale: Array) -
     moved = part.displacement + decay * part.parameter
     sizes = np.abs(part.next_parameter) + np.abs(part.parameter)
     with np.errstate(divide="ignore", invalid="ignore"):
-        error = _ROUNDINGS * update.parameter_roundoff * sizes / rate * scale if rate else np.full(len(moved), np.inf)
+        error = (
+            _ROUNDINGS * update.parameter_roundoff * sizes / rate * scale if rate else np.full(len(moved), np.inf)
+        )
         return (-moved / rate * scale if rate else np.full(len(moved), np.nan)), error
 
 
