@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from natgrad.results.recovery import Recovery
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import Layout
 from natgrad.schema.logs import logger
@@ -23,7 +24,6 @@ from natgrad.schema.names import (
     WEIGHT_DECAY,
     WITHOUT_STATE,
 )
-from natgrad.results.recovery import Recovery
 from natgrad.store import Ledger, Trajectory
 from natgrad.theory.preconditioners import adam_eigenvalues
 from natgrad.theory.windows import consecutive

@@ -1,4 +1,4 @@
-"""Figures of gradients that were recovered from the states of an optimizer: error, rule, and what the check proves."""
+"""Represent the figures of recovered gradients: their errors, their rules, and what the checks prove."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class GradientCheck(enum.IntEnum):
 
 @dataclass(frozen=True)
 class Recovery:
-    """Figures of recovered gradients, of shape (updates, tensors), in the order of `natgrad.schema.names.RECOVERY`.
+    """Figures of recovered gradients, each of shape (updates, tensors), in the order of `natgrad.schema.names.RECOVERY`.
 
     They are NaN where the gradient is not known.
 

@@ -248,8 +248,8 @@ VARIABLES: dict[str, UpdateVariable] = {
             equation="|dy| / |y|",
             long_name="largest relative error of the recovered gradient",
             description="Largest error of a gradient that was recovered from states of the optimizer, by rounding "
-            "of these states, relative to its norm. Present only if gradients are recovered. NaN where the gradient "
-            "is not known.",
+            "of these states, relative to its norm. Present only if gradients are recovered. NaN where the "
+            "gradient is not known.",
         ),
         UpdateVariable(
             name="gradient_check_residual",
@@ -274,8 +274,8 @@ VARIABLES: dict[str, UpdateVariable] = {
             units="1",
             equation="the update rule applied to the recovered gradient",
             long_name="what the check of the recovered gradient proves",
-            description="Verified if other gradients would not explain the displacement, rate_only if it proves the "
-            "learning rate, but not the gradient, none if it proves nothing. Present only if gradients are "
+            description="Verified if other gradients would not explain the displacement, rate_only if it proves "
+            "the learning rate, but not the gradient, none if it proves nothing. Present only if gradients are "
             "recovered. Unknown where the gradient is not known.",
         ),
         UpdateVariable(

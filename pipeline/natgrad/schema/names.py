@@ -95,10 +95,10 @@ RECOVERY = (
     "gradient_rule",
     "gradient_updates",
 )
-"""Arrays (step, tensor) that are stored if gradients are recovered from optimizer states: the largest relative error
-of the gradient, the difference between its displacement and the logged one, the largest difference that rounding
-explains, what the comparison proves (0: nothing, 1: the learning rate, 2: the gradient), the number of the update
-rule, and the number of updates to the next state."""
+"""Arrays (step, tensor) that are stored if gradients are recovered from optimizer states: the largest relative
+error of the gradient, the difference between its displacement and the logged one, the largest difference that
+rounding explains, what the comparison proves (0: nothing, 1: the learning rate, 2: the gradient), the number of the
+update rule, and the number of updates to the next state."""
 
 OPTIMIZER_NUMBERS = (
     "tensor_learning_rate",

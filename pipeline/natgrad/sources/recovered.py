@@ -6,6 +6,7 @@ none. States that no update connects, and updates that the optimizer skipped, ha
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -77,7 +78,7 @@ class Recovered:
     def steps(self) -> list[LoggedStep]:
         """List the steps; see `natgrad.sources.base.Source`."""
         steps = list(self._source.steps())
-        self._next = {one: other for one, other in zip(steps, steps[1:], strict=False) if one.run == other.run}
+        self._next = {one: other for one, other in itertools.pairwise(steps) if one.run == other.run}
         return steps
 
     @contextmanager
@@ -188,17 +189,18 @@ class _RecoveredStep:
                 check = update.check()
             if not check.holds:
                 raise InputError(
-                    f"the gradient recovered by inverting {update.rule.name} does not explain the displacement: they "
-                    f"differ by {check.residual:.2g} of it, and rounding explains {check.rounding:.2g}",
+                    f"the gradient recovered by inverting {update.rule_name} does not explain the update: the "
+                    f"displacements differ by {check.residual:.2g} of the logged one, and rounding explains "
+                    f"{check.rounding:.2g}",
                     where=where(self._step, _GRADIENT, tensor),
-                    why="the learning rate or another option changed after the state was saved, the parameters were "
-                    "changed by something else than the optimizer (averaging, clipping of weights), or the rule is "
-                    "a different one with the same names",
+                    why="the learning rate or another option changed after the state was saved, something else than "
+                    "the optimizer changed the parameters (averaging, clipping of weights), or the rule is a "
+                    "different one with the same names",
                     remedy="log gradients, or record them in the training loop; without --gradient from-optimizer, "
                     "the log is processed without gradients",
                 )
             values = (check.error_bound, check.residual, check.rounding, GRADES.index(check.grade))
-            of_tensor = (*values, RULE_NAMES.index(update.rule.name), update.span)
+            of_tensor = (*values, RULE_NAMES.index(update.rule_name), update.span)
             for name, value in zip(RECOVERY, of_tensor, strict=True):
                 numbers[name][tensor] = float(value)
         return numbers
@@ -291,7 +293,7 @@ class _RecoveredStep:
         return InputError(
             f"the states are {span} updates apart, and the largest distance is {self._largest_span}",
             where=where(self._step, _GRADIENT, tensor),
-            why="only a weighted mean of the gradients in between can be recovered, whose direction differs more and "
-            "more from that of the displacement",
+            why="only a weighted mean of the gradients in between can be recovered, which represents the updates "
+            "less well the more there are",
             remedy=f"save more states, or accept it with --largest-span {span}",
         )

@@ -40,15 +40,15 @@ Array = NDArray[np.float64]
 GRADES = (NONE, RATE_ONLY, VERIFIED)
 """What a check proves, from least to most."""
 
-RULE_NAMES = tuple(RULES)
+RULE_NAMES = (*RULES, "AdamW")
 """Names of the rules, in a fixed order."""
 
 _SLICE = 1 << 16
 """Elements that are processed at once, which fit into the cache."""
 
 _VISIBLE = 0.1
-"""Largest rounding of a check that proves something, relative to the displacement, and of the second moment relative
-to its change by the gradient."""
+"""Largest rounding of a check that proves something, relative to the displacement, and for the second moment
+relative to its change by the gradient."""
 
 _LARGEST_MATRIX = 1 << 22
 """Elements of the largest matrix whose direction under Muon is computed for the check."""
@@ -257,6 +257,12 @@ class TensorUpdate:
     def elements(self) -> int:
         """Number of elements."""
         return math.prod(self._logged[0].shape)
+
+    @property
+    def rule_name(self) -> str:
+        """Name of the rule, one of `RULE_NAMES`: Adam with decoupled weight decay is AdamW."""
+        update = self._prepared
+        return "AdamW" if self.rule.name == "Adam" and update.decoupled and update.decay else self.rule.name
 
     def gradient(self, start: int, stop: int) -> Iterator[Array]:
         """Yield the gradient of elements ``start`` to ``stop``, slice by slice."""
