@@ -29,9 +29,9 @@ class GradientCheck(enum.IntEnum):
 
 @dataclass(frozen=True)
 class Recovery:
-    """Figures of recovered gradients, each of shape (updates, tensors), in the order of `natgrad.schema.names.RECOVERY`.
+    """Figures of recovered gradients by update and tensor, in the order of `natgrad.schema.names.RECOVERY`.
 
-    They are NaN where the gradient is not known.
+    They have the shape (updates, tensors), and are NaN where the gradient is not known.
 
     Attributes
     ----------

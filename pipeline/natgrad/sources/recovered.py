@@ -193,8 +193,8 @@ class _RecoveredStep:
                     f"displacements differ by {check.residual:.2g} of the logged one, and rounding explains "
                     f"{check.rounding:.2g}",
                     where=where(self._step, _GRADIENT, tensor),
-                    why="the learning rate or another option changed after the state was saved, something else than "
-                    "the optimizer changed the parameters (averaging, clipping of weights), or the rule is a "
+                    why="the learning rate or another option changed after the state was saved, something else "
+                    "than the optimizer changed the parameters (averaging, clipping of weights), or the rule is a "
                     "different one with the same names",
                     remedy="log gradients, or record them in the training loop; without --gradient from-optimizer, "
                     "the log is processed without gradients",

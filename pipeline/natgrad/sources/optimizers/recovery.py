@@ -85,6 +85,8 @@ def identified(state: RuleState) -> tuple[Rule, bool | None]:
     for name, (marks, why) in _REFUSED.items():
         if any(mark in options or mark in names for mark in marks):
             raise NotInvertible(f"{name} cannot be inverted: {why}")
+    if "maximize" in options and "beta1" in options and "weight_decay" not in options:
+        raise NotInvertible("SparseAdam cannot be inverted: it updates only the rows that have a gradient")
     known = {*_KNOWN_NAMES, *arrays, *state.numbers}
     unknown = sorted(name for name in state.others if name not in known)
     if unknown:
@@ -242,6 +244,11 @@ class TensorUpdate:
             )
         if self.rule.name == "SGD" and logged[1].dtype in _COARSE:
             raise NotInvertible(f"SGD without momentum cannot be inverted from parameters in {logged[1].dtype}")
+        if self.rule.name == "Muon" and not after.options.get("nesterov") and _is_bfloat16(after.arrays):
+            raise NotInvertible(
+                "Muon without nesterov cannot be inverted from a momentum in bfloat16, which torch overwrites with "
+                "its normalized values"
+            )
         if self.rule.from_displacement and all(math.isnan(options[_RATE]) for options in self._options):
             raise NotInvertible(
                 f"{self.rule.name} cannot be inverted without the learning rate, which is not saved"
@@ -446,6 +453,10 @@ class TensorUpdate:
 
 _CHECK_ROUNDINGS = 8.0
 """Rounding errors of a displacement, in units of the roundoff."""
+
+
+def _is_bfloat16(arrays: Mapping[str, LoggedTensor]) -> bool:
+    return any(logged.dtype == "bfloat16" for logged in arrays.values())
 
 
 def _square(values: Array) -> float:
