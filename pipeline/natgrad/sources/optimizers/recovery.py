@@ -381,15 +381,17 @@ class TensorUpdate:
 
     def _explaining(self, updates: list[Update], *, known: bool) -> list[Update]:
         """Return the updates whose check holds, the one with the smallest residual first."""
-        checks = [(self._check(update), update) for update in updates]
-        holding = [pair for pair in checks if pair[0].holds and not math.isnan(pair[0].residual)]
-        if not known and len({update.decoupled for _, update in holding}) != 1:
+        checks = sorted(((self._check(update), update) for update in updates), key=lambda pair: _distance(pair[0]))
+        computed = [pair for pair in checks if not math.isnan(pair[0].residual)]
+        # If none holds, the check of the tensor refuses the one with the smallest residual.
+        found = [pair for pair in computed if pair[0].holds] or computed[:1] or checks[:1]
+        if not known and (not computed or len({update.decoupled for _, update in found}) > 1):
             raise NotInvertible(
                 f"{self.rule.name} cannot be inverted: its options do not state whether weight decay is decoupled, "
                 "and neither does the displacement; write decoupled_weight_decay = true (AdamW) or false (Adam) "
                 "under [optimizer] in natgrad.toml in the folder of the log"
             )
-        return [update for _, update in sorted(holding or checks[:1], key=lambda pair: _distance(pair[0]))]
+        return [update for _, update in found]
 
     def _context(self, update: Update) -> dict[str, Any]:
         return self._factors(update) if self.rule.context == "factors" else {}
