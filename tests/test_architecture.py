@@ -412,6 +412,7 @@ ACROSS_MODULES = {
     "app/test_layout_versions.py",  # every command refuses stores of another layout
     "ingestion/test_last_state.py",  # a state without a gradient, from the log to labelled results
     "ingestion/test_without_gradients.py",  # a run without gradients, from the log to labelled results
+    "ingestion/test_recovered_gradients.py",  # recovered gradients, from the log to labelled results
     "ingestion/test_replicate_log.py",  # replicates, from the log to labelled results
     "sources/test_reader_memory.py",  # one bound for all readers
     "storage/test_disk.py",  # full, read-only and limited disks, in every stage

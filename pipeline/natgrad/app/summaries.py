@@ -50,7 +50,11 @@ class AnalysisSummary(Summary):
     status : mapping of str to int
         Number of updates with each status.
     gradient_source : str
-        Origin of the gradients: ``logged``, or ``none`` if the log has no gradients.
+        Origin of the gradients: ``logged``, ``recovered``, or ``none`` if the log has no gradients.
+    gradient_recovery : mapping, optional
+        For recovered gradients: ``batch``, whether they are ``clipped``, ``rule``, the largest ``error_bound``, what
+        the ``check`` proves, its largest ``check_residual``, and the largest number of ``updates`` between states.
+        The JSON form omits it for others.
     angle, condition_number, update_to_weight : list of float, optional
         Minimum, median and maximum over the updates of the model, with the gradient itself as the estimate.
     angle_without_decay : list of float, optional
@@ -72,12 +76,14 @@ class AnalysisSummary(Summary):
     update_to_weight: list[float] | None
     gradient_source: str
     angle_without_decay: list[float] | None = None
+    gradient_recovery: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values, without entries that do not apply."""
         values = super().to_json()
-        if self.angle_without_decay is None:
-            del values["angle_without_decay"]
+        for name in ("angle_without_decay", "gradient_recovery"):
+            if getattr(self, name) is None:
+                del values[name]
         return values
 
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from natgrad.reporting import figures
 from natgrad.results.objective import COMPARING_DESCENTS
+from natgrad.results.recovery import qualification_text
 from natgrad.schema.names import DESCENT, DESCENTS, REPLICATE, TENSOR, WINDOW
 from natgrad.schema.variables import WITHOUT_GRADIENTS, ShiftedMetric, Status
 from natgrad.storage import Location, open_storage
@@ -221,6 +222,8 @@ def _facts(run: figures.RunResults) -> dict[str, str]:
     else:
         low, _, high = (figures.number(rate) for rate in rates)
         facts["Learning rate"] = low if low == high else f"{low} to {high}"
+    if run.attributes.get("gradient_source") == "recovered":
+        facts["Gradients"] = qualification_text(run.attributes)
     facts["Objective"] = str(run.objective)
     facts |= _window_facts(run)
     bounded = run.model.get("shifted_metric")

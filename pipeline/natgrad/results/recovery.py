@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -13,7 +14,7 @@ from natgrad.schema.names import RECOVERY
 from natgrad.sources.optimizers.recovery import GRADES, RULE_NAMES
 from natgrad.store import Trajectory
 
-__all__ = ["GradientCheck", "Recovery", "of_model"]
+__all__ = ["GradientCheck", "Recovery", "of_model", "qualification", "qualification_text"]
 
 Array = NDArray[np.float64]
 
@@ -78,6 +79,28 @@ class Recovery:
             if field.name in names and np.isfinite(values).any():
                 found[names[field.name]] = float(values[np.isfinite(values)].max())
         return found
+
+
+def qualification(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what qualifies recovered gradients, from the attributes of results; empty if none are recovered."""
+    if attributes.get("gradient_source") != "recovered":
+        return {}
+    start = "gradient_"
+    found = {name.removeprefix(start): value for name, value in attributes.items() if name.startswith(start)}
+    return {name: value for name, value in found.items() if name != "source"}
+
+
+def qualification_text(attributes: Mapping[str, Any]) -> str:
+    """Return the same as a text, for users."""
+    found = qualification(attributes)
+    error = f"relative error up to {found['error_bound']:.2g}" if "error_bound" in found else "none is known"
+    residual = f", residual up to {found['check_residual']:.2g}" if "check_residual" in found else ""
+    span = int(found.get("updates", 1))
+    mean = f", means over up to {span} updates" if span > 1 else ""
+    return (
+        f"recovered from the states of the optimizer ({found['rule'] or 'no update'}){mean}; {error}; check: "
+        f"{found['check']}{residual}; of the {found['batch']} of each update, after clipping if there was any"
+    )
 
 
 def of_model(values: Array, norms: Array) -> Array:

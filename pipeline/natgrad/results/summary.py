@@ -9,6 +9,7 @@ import xarray as xr
 
 from natgrad.results.dataset import WITHOUT_DECAY
 from natgrad.results.objective import Objective
+from natgrad.results.recovery import qualification
 from natgrad.schema.variables import Status
 
 __all__ = ["NEEDED", "overview"]
@@ -42,7 +43,8 @@ def overview(tree: xr.DataTree) -> dict[str, Any]:
         ``condition_number`` are the smallest, median and largest finite value, or None if there are no finite
         values, and so are those of ``update_to_weight``, the norm of the update relative to that of the parameters.
         ``angle_without_decay`` is the same for the updates without weight decay, if the results have them.
-        ``gradient_source`` is the origin of the gradients, or ``none``.
+        ``gradient_source`` is the origin of the gradients, or ``none``. ``gradient_recovery`` has what qualifies
+        recovered gradients.
         ``objective`` describes whether losses and gradients belong to one objective, see
         `natgrad.results.objective.Objective`.
     """
@@ -55,6 +57,7 @@ def overview(tree: xr.DataTree) -> dict[str, Any]:
     }
     numbers |= {name: _spread(model[name]) for name in ("angle", "condition_number", "update_to_weight")}
     numbers["gradient_source"] = tree.attrs["gradient_source"]
+    numbers |= {"gradient_recovery": found} if (found := qualification(tree.attrs)) else {}
     if WITHOUT_DECAY.strip("/") in tree.children:
         rest = tree[f"{WITHOUT_DECAY}/model"].to_dataset().sel(descent="gradient", window=1)
         numbers["angle_without_decay"] = _spread(rest["angle"])
