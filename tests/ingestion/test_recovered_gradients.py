@@ -130,7 +130,7 @@ def test_a_grown_log_gives_what_one_ingest_gives(tmp_path, run, log, in_place):
     for name in RECOVERY:
         np.testing.assert_array_equal(states.scalar(name), expected.scalar(name))
     assert np.isnan(states.scalar(RECOVERY[0])[-1]).all()
-    assert list(verify_ledger(tmp_path / "ledger", tmp_path / "out")) == []
+    assert list(verify_ledger(tmp_path / "ledger", open_trajectory(tmp_path / "out"))) == []
 
 
 def test_a_step_that_is_still_being_written_is_left_for_the_next_ingest(tmp_path, run):
