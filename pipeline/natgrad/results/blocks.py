@@ -23,7 +23,8 @@ from crc32c import crc32c
 from numpy.typing import NDArray
 
 from natgrad.results.dataset import Column, Request, aggregated, columns
-from natgrad.results.inputs import UpdateTable
+from natgrad.results.inputs import Optimizer, UpdateTable
+from natgrad.results.recovery import Recovery
 from natgrad.results.sizes import LEAST_UPDATES, most_updates
 from natgrad.results.updates import Defined, Updates, UpdateVariable
 from natgrad.results.variables import VARIABLES, registered_variables
@@ -445,7 +446,7 @@ def _variables(names: tuple[str, ...]) -> dict[str, UpdateVariable]:
 def _bytes_of(value: Any) -> bytes:
     if isinstance(value, np.ndarray):
         return f"{value.dtype} {value.shape}".encode() + np.ascontiguousarray(value).tobytes()
-    if hasattr(value, "smallest"):  # the optimizer
+    if isinstance(value, Optimizer | Recovery):
         return b"".join(_bytes_of(array) for array in vars(value).values())
     return b"" if hasattr(value, "tensors") else repr(value).encode()
 

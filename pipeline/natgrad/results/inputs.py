@@ -142,6 +142,8 @@ class UpdateTable:
         }
         if self.optimizer is not None:
             parts["optimizer"] = Optimizer(*(column[updates] for column in vars(self.optimizer).values()))
+        if self.recovery is not None:
+            parts["recovery"] = Recovery(*(column[updates] for column in vars(self.recovery).values()))
         if gram is not None:
             parts["gram"] = gram
         return replace(self, **parts)
