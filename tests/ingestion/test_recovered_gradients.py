@@ -1,7 +1,6 @@
 """Gradients that are recovered from the states of the optimizer, from the log to labelled results."""
 
 import json
-import shutil
 
 import numpy as np
 import pytest
@@ -13,8 +12,8 @@ from natgrad.results import dataset
 from natgrad.results.inputs import update_table
 from natgrad.results.recovery import GradientCheck
 from natgrad.schema.errors import InputError
-from natgrad.schema.names import OPTIMIZER_STATES, RECOVERY
 from natgrad.schema.layout import IngestLimits
+from natgrad.schema.names import OPTIMIZER_STATES, RECOVERY
 from natgrad.sources.steps import NotYet
 from natgrad.store import open_ledger, open_trajectory
 from opened import compute_ledger, ingest, verify_ledger, verify_trajectory
@@ -45,7 +44,9 @@ def write(folder, trees, first=0):
 
 def shaped(tree, gradients):
     """Return a state with its gradients."""
-    found = {name: torch.tensor(values).reshape(tree["model"][name].shape).float() for name, values in gradients.items()}
+    found = {
+        name: torch.tensor(values).reshape(tree["model"][name].shape).float() for name, values in gradients.items()
+    }
     return tree | {"gradient": found}
 
 

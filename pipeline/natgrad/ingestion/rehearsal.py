@@ -17,6 +17,7 @@ from natgrad.schema.names import STATES
 from natgrad.sources.base import Source, StepContent
 from natgrad.sources.completion import complete
 from natgrad.sources.listed import ListedLog
+from natgrad.sources.recovered import RecoveredGradients
 from natgrad.sources.steps import LoggedStep, LoggedTensor
 
 __all__ = ["Rehearsal", "rehearse"]
@@ -81,9 +82,12 @@ def rehearse(log: Source, *, allow_gaps: bool = False) -> Rehearsal:
 
 
 def _read(log: Source, step: LoggedStep, content: StepContent) -> None:
-    """Read the first elements of the tensors of a state."""
+    """Read the first elements of the tensors of a state, and check recovered gradients of a small one."""
     left = _READ_LIMIT
+    size = sum(math.prod(tensor.shape) * storage_dtype(tensor.dtype).itemsize for *_, tensor in _tensors(content))
     with log.open(step) as reader:
+        if isinstance(reader, RecoveredGradients) and size <= left:
+            reader.recovery()
         for array, name, tensor in _tensors(content):
             dtype = storage_dtype(tensor.dtype)
             size = min(math.prod(tensor.shape), left // dtype.itemsize)

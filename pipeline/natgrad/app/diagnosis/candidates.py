@@ -24,7 +24,16 @@ from natgrad.sources.suggestions import suggested_map, suggested_patterns
 from natgrad.sources.tensor_names import matched_names
 from natgrad.storage import open_storage
 
-__all__ = ["Attempts", "Deadline", "ReadPart", "Tried", "best_proposals", "readings", "try_with_advice"]
+__all__ = [
+    "Attempts",
+    "Deadline",
+    "ReadPart",
+    "Tried",
+    "best_proposals",
+    "readings",
+    "try_with_advice",
+    "with_recovered_gradients",
+]
 
 _TRIALS = 12
 """Number of sets of options that are tried for one log."""
@@ -344,6 +353,23 @@ def try_with_advice(proposal: Proposal, attempts: Attempts, parts: Sequence[Read
             with suppress(InputError):
                 return Tried(changed, changed.try_out(), tuple(parts))
     return None
+
+
+def with_recovered_gradients(tried: Tried) -> Tried | None:
+    """Return a proposal that recovers the gradients that a log lacks; None if its optimizer states do not allow it."""
+    if "gradient" not in tried.lacking:
+        return None
+    try:
+        with tried.proposal.opened() as log:
+            log.steps()
+            with log.open(tried.rehearsal.steps[1]) as reader:
+                state = reader.content().optimizer
+        if state is None or not state.rules:
+            return None
+        changed = replace(tried.proposal, recover=True)
+        return replace(tried, proposal=changed, rehearsal=changed.try_out())
+    except InputError:
+        return None
 
 
 def best_proposals(

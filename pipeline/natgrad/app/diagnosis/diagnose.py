@@ -15,6 +15,7 @@ from natgrad.app.diagnosis.candidates import (
     best_proposals,
     readings,
     try_with_advice,
+    with_recovered_gradients,
 )
 from natgrad.app.diagnosis.proposals import Part, Proposal, scan_command
 from natgrad.schema.errors import InputError
@@ -105,6 +106,7 @@ def diagnose(paths: Sequence[Storage], options: Mapping[str, Any]) -> Diagnosis:
         for path in paths:
             read += _read_below(path, attempts, stop)
         accepted += best_proposals(read, _run_file_folder(paths), attempts, stop)
+    accepted += [found for tried in accepted[:_READINGS] if (found := with_recovered_gradients(tried)) is not None]
     accepted.sort(key=lambda tried: tried.rank)  # stable: the sources as they are come first
     chosen = next(iter(accepted), None)
     commands = list(dict.fromkeys(tried.proposal.command for tried in accepted))
@@ -180,7 +182,10 @@ def _scan(root: Storage, accepted: Sequence[Tried]) -> str | None:
     folders = {part.location for part in alike if holds_run(Path(part.location), in_one_file=True)}
     if len(folders) < 2 or str(root) in folders or len(accepted[0].proposal.parts) > 1:
         return None
-    return scan_command(str(root), alike, allow_gaps=any(tried.proposal.allow_gaps for tried in runs))
+    allow_gaps, recover = (
+        any(getattr(tried.proposal, name) for tried in runs) for name in ("allow_gaps", "recover")
+    )
+    return scan_command(str(root), alike, allow_gaps=allow_gaps, recover=recover)
 
 
 def _nearest(paths: Sequence[Storage], error: InputError) -> str | None:

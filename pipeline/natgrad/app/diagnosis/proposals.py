@@ -16,14 +16,19 @@ from typing import Any
 
 from natgrad.ingestion.rehearsal import Rehearsal, rehearse
 from natgrad.schema.logs import collected_warnings
+from natgrad.schema.names import FROM_OPTIMIZER
 from natgrad.sources.base import Source
 from natgrad.sources.names import SCALAR_LOG_QUANTITIES
 from natgrad.sources.opening import open_sources
+from natgrad.sources.recovered import LARGEST_SPAN
 from natgrad.sources.run_file import RUN_FILE
 from natgrad.storage import Location, open_all, open_storage
 
 __all__ = ["LOG_READERS", "Part", "Proposal", "advised", "scan_command"]
 
+
+RECOVER = ["--gradient", FROM_OPTIMIZER]
+"""Option that recovers gradients."""
 
 LOG_READERS = ("natgrad.sources.checkpoints", "natgrad.sources.joined", "natgrad.sources.opening")
 """Loggers of the warnings about a log. Those about the installation are not collected."""
@@ -101,6 +106,8 @@ class Proposal:
         The options of the parts are those of the command line, which the user passed.
     allow_gaps, exact_names, sweep : bool
         Options of the command line.
+    recover : bool
+        Recover the gradients from the states of the optimizer (``--gradient from-optimizer``).
     folder : Path, optional
         Folder of the run file. Without one, there can be only one part with options.
     """
@@ -110,6 +117,7 @@ class Proposal:
     allow_gaps: bool = False
     exact_names: bool = False
     sweep: bool = False
+    recover: bool = False
     folder: Path | None = None
 
     @cached_property
@@ -155,6 +163,7 @@ class Proposal:
         flags += (
             ["--allow-gaps"] * self.allow_gaps + ["--exact-names"] * self.exact_names + ["--sweep"] * self.sweep
         )
+        flags += RECOVER * self.recover
         return shlex.join(["natgrad", "process", *sources, "OUT", *flags])
 
     def try_out(self) -> Rehearsal:
@@ -178,7 +187,7 @@ class Proposal:
         InputError
             See `natgrad.sources.opening.open_sources`.
         """
-        options = self._options
+        options, recover = self._options, LARGEST_SPAN if self.recover else None
         if options is not None:
             yield open_sources(
                 open_all([part.location for part in self.parts]),
@@ -188,6 +197,7 @@ class Proposal:
                 sweep=self.sweep,
                 pattern=options.pattern,
                 exact_names=self.exact_names,
+                recover=recover,
             )
             return
         with tempfile.TemporaryDirectory() as folder:
@@ -195,7 +205,7 @@ class Proposal:
             file = Path(folder) / RUN_FILE
             entries = [part.entry(str(open_storage(part.location).absolute())) for part in self.parts]
             file.write_text("\n".join(entries))
-            yield open_sources([open_storage(file)], exact_names=self.exact_names)
+            yield open_sources([open_storage(file)], exact_names=self.exact_names, recover=recover)
 
     def with_advice(self, options: Mapping[str, Any]) -> Proposal:
         """Return a copy with the options that an error advises, which apply to the first log."""
@@ -216,9 +226,9 @@ def _relative(location: str, folder: Path) -> str:
         return str(path.resolve())
 
 
-def scan_command(root: Location, parts: Sequence[Part], *, allow_gaps: bool = False) -> str:
+def scan_command(root: Location, parts: Sequence[Part], *, allow_gaps: bool = False, recover: bool = False) -> str:
     """Return the command that processes all runs below a folder, which are all read with the same options."""
-    flags = ["--allow-gaps"] * allow_gaps
+    flags = ["--allow-gaps"] * allow_gaps + RECOVER * recover
     return shlex.join(["natgrad", "scan", str(root), "OUT", *parts[0].flags(), *flags])
 
 
