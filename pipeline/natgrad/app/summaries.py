@@ -52,9 +52,9 @@ class AnalysisSummary(Summary):
     gradient_source : str
         Origin of the gradients: ``logged``, ``recovered``, or ``none`` if the log has no gradients.
     gradient_recovery : mapping, optional
-        For recovered gradients: ``batch``, whether they are ``clipped``, ``rule``, the largest ``error_bound``, what
-        the ``check`` proves, its largest ``check_residual``, and the largest number of ``updates`` between states.
-        The JSON form omits it for others.
+        For recovered gradients: ``batch``, whether they are ``clipped``, ``rule``, the largest ``error_bound``,
+        what the ``check`` proves, its largest ``check_residual``, and the maximum number of ``updates`` between
+        states. The JSON form omits it for others.
     angle, condition_number, update_to_weight : list of float, optional
         Minimum, median and maximum over the updates of the model, with the gradient itself as the estimate.
     angle_without_decay : list of float, optional

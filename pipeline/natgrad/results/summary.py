@@ -57,7 +57,8 @@ def overview(tree: xr.DataTree) -> dict[str, Any]:
     }
     numbers |= {name: _spread(model[name]) for name in ("angle", "condition_number", "update_to_weight")}
     numbers["gradient_source"] = tree.attrs["gradient_source"]
-    numbers |= {"gradient_recovery": found} if (found := qualification(tree.attrs)) else {}
+    found = qualification({str(name): value for name, value in tree.attrs.items()})
+    numbers |= {"gradient_recovery": found} if found else {}
     if WITHOUT_DECAY.strip("/") in tree.children:
         rest = tree[f"{WITHOUT_DECAY}/model"].to_dataset().sel(descent="gradient", window=1)
         numbers["angle_without_decay"] = _spread(rest["angle"])

@@ -221,7 +221,7 @@ def test_before_torch_2_7_the_check_shows_whether_decay_is_decoupled(name, rule)
 def test_decay_that_the_check_cannot_decide_is_refused_until_the_user_declares_it():
     trees, truth, _ = run("AdamW", "bfloat16")
     old = changed(trees[:9], lambda group: group.pop("decoupled_weight_decay"))
-    with pytest.raises(InputError, match="whether weight decay is decoupled.*decoupled_weight_decay = true"):
+    with pytest.raises(InputError, match=r"whether weight decay is decoupled.*decoupled_weight_decay = true"):
         recovered(MemoryLog(old))
     names = replace(CHECKPOINT, optimizer={"decoupled_weight_decay": True})
     gradients, _ = recovered(MemoryLog(old, names=names))

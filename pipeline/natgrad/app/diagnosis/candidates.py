@@ -355,21 +355,22 @@ def try_with_advice(proposal: Proposal, attempts: Attempts, parts: Sequence[Read
     return None
 
 
-def with_recovered_gradients(tried: Tried) -> Tried | None:
-    """Return a proposal that recovers the gradients that a log lacks; None if its optimizer states do not allow it."""
+def with_recovered_gradients(tried: Tried, attempts: Attempts) -> Tried | None:
+    """Return a proposal that recovers the gradients from the optimizer if a log lacks them; None if this fails."""
     if "gradient" not in tried.lacking:
         return None
+    changed = replace(tried.proposal, recover=True)
     try:
         with tried.proposal.opened() as log:
             log.steps()
             with log.open(tried.rehearsal.steps[1]) as reader:
                 state = reader.content().optimizer
-        if state is None or not state.rules:
+        if state is None or not (state.rules or state.problem):
             return None
-        changed = replace(tried.proposal, recover=True)
         return replace(tried, proposal=changed, rehearsal=changed.try_out())
-    except InputError:
-        return None
+    except InputError as error:
+        attempts.commands.setdefault(changed.command, error)
+    return None
 
 
 def best_proposals(

@@ -106,7 +106,8 @@ def diagnose(paths: Sequence[Storage], options: Mapping[str, Any]) -> Diagnosis:
         for path in paths:
             read += _read_below(path, attempts, stop)
         accepted += best_proposals(read, _run_file_folder(paths), attempts, stop)
-    accepted += [found for tried in accepted[:_READINGS] if (found := with_recovered_gradients(tried)) is not None]
+    recovering = (with_recovered_gradients(tried, attempts) for tried in accepted[:_READINGS])
+    accepted += [tried for tried in recovering if tried is not None]
     accepted.sort(key=lambda tried: tried.rank)  # stable: the sources as they are come first
     chosen = next(iter(accepted), None)
     commands = list(dict.fromkeys(tried.proposal.command for tried in accepted))
