@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from lazy import Lazy
+from natgrad.sources.base import StepContent
 from natgrad.sources.container import Container
 from natgrad.sources.names import CHECKPOINT, NamedStep
 from natgrad.sources.recovered import Recovered
@@ -77,6 +78,39 @@ class MemoryLog:
     @contextmanager
     def open(self, step):
         yield NamedStep(self.opened[step], self.names)
+
+
+class WithoutGradients:
+    """A log whose gradients are hidden."""
+
+    def __init__(self, log):
+        self._log, self.location = log, log.location
+
+    def steps(self):
+        return self._log.steps()
+
+    def open(self, step):
+        return _Opened(self._log.open(step))
+
+
+class _Opened:
+    def __init__(self, opened):
+        self._opened = opened
+
+    def __enter__(self):
+        self._reader = self._opened.__enter__()
+        return self
+
+    def __exit__(self, *exception):
+        return self._opened.__exit__(*exception)
+
+    def content(self):
+        found = self._reader.content()
+        values = {**vars(found), "arrays": {"parameter": found.arrays["parameter"]}}
+        return StepContent(**values)
+
+    def read(self, *arguments):
+        self._reader.read(*arguments)
 
 
 def network(dtype, bias=True):

@@ -18,7 +18,9 @@ from lazy import Lazy
 from logs import random_walk, run_writer, write_log
 from natgrad.schema.errors import InputError
 from natgrad.sources.formats import FORMATS
+from natgrad.sources.optimizers.recovery import RULE_NAMES
 from opened import ingest, open_source
+from optimizer_states import WithoutGradients, recovered
 
 torch = Lazy("torch")
 safetensors_torch = Lazy("safetensors.torch")
@@ -85,6 +87,18 @@ def test_every_stage_gives_the_ledger_of_the_run(tmp_path, job, gradients, expec
     assert ledger_of(tmp_path, [job / stage, gradients]) == expected
     assert ledger_of(tmp_path / "in place", [job / stage, gradients], in_place=True) == expected
     assert not has_copies(tmp_path / "in place")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_partitioned_states_of_deepspeed_give_the_gradients(job, stage):
+    log = WithoutGradients(open_source(job / f"{stage}, trained"))
+    gradients, figures = recovered(log)
+    assert len(gradients) == len(EXACT)
+    for found, exact, numbers in zip(gradients, EXACT, figures, strict=True):
+        for name, values in found.items():
+            error = np.linalg.norm(values - exact[name].ravel()) / np.linalg.norm(exact[name])
+            assert error <= numbers["gradient_error_bound"][name]
+            assert RULE_NAMES[int(numbers["gradient_rule"][name])] in ("AdamW", "Adam")
 
 
 def test_gradients_in_the_client_state_need_no_additional_source(tmp_path, job, expected):

@@ -32,6 +32,7 @@ from natgrad.sources.checkpoints.torch_archive import (
     TorchFile,
     TorchTensor,
     flat_numbers,
+    group_texts,
     to_float,
     unread_objects,
 )
@@ -124,6 +125,8 @@ class _Rank:
         Optimizer state for each parameter group.
     options : dict
         Options of the optimizer groups, by their keys below ``param_groups``.
+    flags : dict
+        The same for options that are texts or Booleans.
     """
 
     stage_3: bool
@@ -132,6 +135,7 @@ class _Rank:
     gaps: Any
     shards: list[_OptimizerShard]
     options: dict[str, float]
+    flags: dict[str, str]
 
 
 class _Vector:
@@ -321,6 +325,7 @@ class DeepSpeedFolder(Container):
         if self._masters:
             self._add_state("master_param", locate([rank.segments for rank in ranks]), ranks[0].dtype)
         self.numbers |= {f"optimizer/{key}": value for key, value in ranks[0].options.items()}
+        self.texts |= {f"optimizer/{key}": text for key, text in ranks[0].flags.items()}
         members: dict[int, int] = {}
         for group, shard in zip(groups, ranks[0].shards, strict=True):
             for name in group:
@@ -371,13 +376,15 @@ class DeepSpeedFolder(Container):
             padding = state.get("group_paddings") or []
             shards = _optimizer_shards(archive, path, optimizer, step, segments, padding)
             options = optimizer.get("param_groups") if isinstance(optimizer, dict) else None
+            leaves = list(pickle_data.flatten({"param_groups": _without_members(options)}, self.budget))
             return _Rank(
                 stage_3,
                 segments,
                 dtypes.pop(),
                 state.get("param_alignment_paddings"),
                 shards,
-                flat_numbers(pickle_data.flatten({"param_groups": _without_members(options)}, self.budget)),
+                flat_numbers(leaves),
+                group_texts(leaves),
             )
         finally:
             os.close(descriptor)
