@@ -653,7 +653,7 @@ class ReadOptions(LogOptions, total=False):
     largest_span: Annotated[
         int | None,
         Option(
-            "Largest number of updates between two states from which --gradient from-optimizer recovers a "
+            "Maximum number of updates between two states from which --gradient from-optimizer recovers a "
             "gradient, a weighted mean over these updates.",
             unset="20",
             metavar="K",

@@ -156,7 +156,7 @@ def ingest(
     gradient : str, optional
         Where gradients come from, one of `natgrad.schema.names.GRADIENTS`: the log by default. It is fixed as well.
     largest_span : int, optional
-        Largest number of updates between two states from which a gradient is recovered.
+        Maximum number of updates between two states from which a gradient is recovered.
     sweep : bool
         The source is a folder with the logs of many runs of one model, which become one trajectory.
     allow_gaps : bool

@@ -38,7 +38,7 @@ class ReadOptions:
     gradient : str
         Where gradients come from, one of `natgrad.schema.names.GRADIENTS` (``--gradient``).
     largest_span : int
-        Largest number of updates between two states from which a gradient is recovered (``--largest-span``).
+        Maximum number of updates between two states from which a gradient is recovered (``--largest-span``).
     several : bool
         Whether there are several sources.
     sources : mapping, optional
@@ -105,7 +105,7 @@ class ReadOptions:
 
     @property
     def recover(self) -> int | None:
-        """Largest number of updates between two states from which a gradient is recovered; None if none is."""
+        """Maximum number of updates between two states from which a gradient is recovered; None if none is."""
         return self.largest_span if self.gradient == FROM_OPTIMIZER else None
 
     def to_json(self) -> dict[str, Any]:

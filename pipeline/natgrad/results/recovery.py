@@ -20,7 +20,7 @@ Array = NDArray[np.float64]
 
 
 class GradientCheck(enum.IntEnum):
-    """What the comparison of the recovered gradient with the logged displacement proves."""
+    """Meaning of the comparison of the displacement of a recovered gradient with the logged one."""
 
     UNKNOWN = -1
     NONE = 0

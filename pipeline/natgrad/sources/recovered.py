@@ -26,7 +26,7 @@ from natgrad.sources.steps import LoggedStep, LoggedTensor, Unreadable, where
 __all__ = ["LARGEST_SPAN", "Recovered", "RecoveredGradients"]
 
 LARGEST_SPAN = 20
-"""Largest number of updates between two states, unless the user requests more."""
+"""Maximum number of updates between two states, unless the user requests more."""
 
 _PARAMETER, _GRADIENT = STATES[:2]
 
@@ -63,7 +63,7 @@ class Recovered:
     source : Source
         A log without gradients.
     largest_span : int
-        Largest number of updates between two states.
+        Maximum number of updates between two states.
     """
 
     def __init__(self, source: Source, largest_span: int = LARGEST_SPAN) -> None:

@@ -38,13 +38,13 @@ __all__ = ["GRADES", "RULE_NAMES", "Check", "NotInvertible", "TensorUpdate", "id
 Array = NDArray[np.float64]
 
 GRADES = (NONE, RATE_ONLY, VERIFIED)
-"""What a check proves, from least to most."""
+"""Grades of a check, from one that proves nothing to one that proves the gradient."""
 
 RULE_NAMES = (*RULES, "AdamW")
 """Names of the rules, in a fixed order."""
 
 _SLICE = 1 << 16
-"""Elements that are processed at once, which fit into the cache."""
+"""Elements that are processed together, which fit into the cache."""
 
 _VISIBLE = 0.1
 """Largest rounding of a check that proves something, relative to the displacement, and for the second moment

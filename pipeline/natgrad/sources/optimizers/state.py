@@ -115,7 +115,7 @@ def factor_array(index: int) -> str:
 
 @dataclass(frozen=True)
 class RuleState:
-    """All that an optimizer saved for a tensor, from which its update rule is identified and inverted.
+    """Options and state of an optimizer for a tensor, from which its rule is identified and inverted.
 
     Attributes
     ----------
@@ -162,7 +162,7 @@ class OptimizerState:
     decay_note : str
         Remark on weight decay of which it is not known whether it is decoupled.
     rules : mapping
-        Tensor name to all that the optimizer saved for it.
+        Tensor name to the options and the state that the optimizer saved for it.
     """
 
     arrays: Mapping[str, Mapping[str, LoggedTensor]] = field(default_factory=dict)
