@@ -52,6 +52,13 @@ def test_the_guide_to_pytorch_records_and_processes_runs(tmp_path, monkeypatch):
     assert natgrad.open_results("runs/weights")["model"]["step"].values.tolist() == [0, 10, 20]
 
 
+def test_the_guide_to_recovery_processes_states_of_the_optimizer(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = DOCS / "howto" / "recover.md"
+    assert run_page(page) == blocks(page) == 3
+    assert natgrad.open_results("runs/recovered").attrs["gradient_source"] == "recovered"
+
+
 def test_the_guide_to_inspect_finds_and_processes_a_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     page = DOCS / "howto" / "inspect.md"

@@ -24,6 +24,7 @@ from test_dataset import TENSORS, quadratic_walk, table_of, walk
 from natgrad.results import dataset, replicates
 from natgrad.results.inputs import Optimizer
 from natgrad.results.pairs import model_and_tensors
+from natgrad.results.recovery import Recovery
 from natgrad.results.variables import LONGEST_WINDOW, Defined, Updates, UpdateVariable
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import Layout
@@ -59,7 +60,12 @@ def metadata(folder):
     extremes = np.ones((5, len(TENSORS)))
     trees = {
         "": dataset.label(
-            replace(table, optimizer=Optimizer(extremes, extremes, extremes), weight_decay=extremes),
+            replace(
+                table,
+                optimizer=Optimizer(extremes, extremes, extremes),
+                weight_decay=extremes,
+                recovery=Recovery(*[extremes] * 6),
+            ),
             windows=[2],
             gammas=dataset.GAMMAS,
             variables=[],
