@@ -653,8 +653,8 @@ class ReadOptions(LogOptions, total=False):
     largest_span: Annotated[
         int | None,
         Option(
-            "Maximum number of updates between two states from which --gradient from-optimizer recovers a "
-            "gradient, a weighted mean over these updates.",
+            "Maximum number of updates between two states from which a gradient is recovered ({gradient} "
+            "from-optimizer). It is a weighted mean over these updates.",
             unset="20",
             metavar="K",
             minimum=1,

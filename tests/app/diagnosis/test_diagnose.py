@@ -18,6 +18,7 @@ from lazy import Lazy
 from logs import random_walk, write_log, write_step
 from natgrad.app.scan import find_runs
 from natgrad.schema.names import SCALARS
+from optimizer_states import train
 
 torch = Lazy("torch")
 
@@ -539,3 +540,42 @@ def test_the_notebook_table_contains_the_command_and_escapes_names(tmp_path):
     assert "natgrad process" in table
     assert "<b>" not in table
     assert re.search("<th[^>]*>command</th>", table)
+
+
+# Gradients from optimizer states -----------------------------------------------------------------------------
+
+
+def adamw(model):
+    return torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+
+def rprop(model):
+    return torch.optim.Rprop(model.parameters(), lr=1e-2)
+
+
+@pytest.mark.parametrize(("optimizer_of", "recovers"), [(adamw, True), (rprop, False)])
+def test_recovery_is_proposed_if_the_states_of_the_optimizer_can_be_inverted(tmp_path, optimizer_of, recovers):
+    trees, _ = train(optimizer_of, 3)
+    for step, tree in enumerate(trees):
+        (tmp_path / "log").mkdir(exist_ok=True)
+        torch.save(tree, tmp_path / "log" / f"step-{step}.pt")
+    found = natgrad.inspect([tmp_path / "log"])
+    plain = f"natgrad process {tmp_path}/log OUT"
+    recovering = f"{plain} --gradient from-optimizer"
+    if recovers:
+        assert found.command == recovering
+        assert found.other_commands == [plain]
+        assert any("mini-batch" in note for note in found.notes)
+    else:
+        assert found.command == plain
+        assert "Rprop cannot be inverted" in found.refused[recovering]
+
+
+def test_recovery_is_not_proposed_if_states_are_far_apart(tmp_path):
+    trees, _ = train(adamw, 30)
+    for step in (0, 30):
+        (tmp_path / "log").mkdir(exist_ok=True)
+        torch.save(trees[step], tmp_path / "log" / f"step-{step}.pt")
+    found = natgrad.inspect([tmp_path / "log"])
+    assert found.command == f"natgrad process {tmp_path}/log OUT"
+    assert "30 updates apart" in found.refused[f"{found.command} --gradient from-optimizer"]
