@@ -160,7 +160,7 @@ class _RecoveredStep:
             return
         pair = self._matched()
         update = pair.updates[tensor]
-        if not pair.connected or not update.span:
+        if not pair.connected or update.is_skipped:
             out[:] = np.nan
             return
         position = 0
@@ -183,7 +183,7 @@ class _RecoveredStep:
             return {}
         pair = self._matched()
         for tensor, update in pair.updates.items() if pair.connected else ():
-            if not update.span:
+            if update.is_skipped:
                 continue
             with self._refused(tensor):
                 check = update.check()

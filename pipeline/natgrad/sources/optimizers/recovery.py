@@ -265,6 +265,18 @@ class TensorUpdate:
         """Number of elements."""
         return math.prod(self._logged[0].shape)
 
+    @cached_property
+    def is_skipped(self) -> bool:
+        """True if the optimizer made no update: its counter is the same, or it has none and nothing changed."""
+        if not self.span or _count(self._states[1]) is not None:
+            return not self.span
+        arrays = ("parameter", *self._states[1].arrays)
+        return all(
+            np.array_equal(one, other)
+            for array in arrays
+            for one, other in zip(self._values(0, array), self._values(1, array), strict=True)
+        )
+
     @property
     def rule_name(self) -> str:
         """Name of the rule, one of `RULE_NAMES`: Adam with decoupled weight decay is AdamW."""
@@ -356,7 +368,7 @@ class TensorUpdate:
         parameter = max(unit_roundoff(logged.dtype) for logged in self._logged)
         return Update(
             options,
-            after.numbers.get("step", after.options.get("step", math.nan)),
+            math.nan if (count := _count(after)) is None else count,
             self.span,
             options.get(_RATE, math.nan),
             decoupled,
@@ -472,13 +484,15 @@ def _ratio(numerator: float, denominator: float) -> float:
     return math.sqrt(numerator / denominator)
 
 
+def _count(state: RuleState) -> float | None:
+    """Return the number of updates that a state counts, by tensor or by group; None if it counts none."""
+    return state.numbers.get("step", state.options.get("step"))
+
+
 def _updates(before: RuleState, after: RuleState, span: int) -> int:
     """Return the number of updates between two states, by the counter of the optimizer if it has one."""
-    for counts in ("numbers", "options"):
-        new = getattr(after, counts).get("step")
-        if new is not None:
-            return int(new - getattr(before, counts).get("step", 0.0))
-    return span
+    count = _count(after)
+    return span if count is None else int(count - (_count(before) or 0.0))
 
 
 def _distance(check: Check) -> float:
