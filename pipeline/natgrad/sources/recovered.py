@@ -189,9 +189,8 @@ class _RecoveredStep:
                 check = update.check()
             if not check.holds:
                 raise InputError(
-                    f"the gradient recovered by inverting {update.rule_name} does not explain the update: the "
-                    f"displacements differ by {check.residual:.2g} of the logged one, and rounding explains "
-                    f"{check.rounding:.2g}",
+                    f"the gradient recovered by inverting {update.rule_name} does not explain the update: "
+                    f"{check.difference}",
                     where=where(self._step, _GRADIENT, tensor),
                     why="the learning rate or another option changed after the state was saved, something else "
                     "than the optimizer changed the parameters (averaging, clipping of weights), or the rule is a "

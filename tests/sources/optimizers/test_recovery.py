@@ -39,6 +39,11 @@ CASES = {
     "fused": ("AdamW", optimizer("AdamW", lr=1e-2, fused=True), 1.6e-7, 1e-2, "verified"),
     "Adam": ("Adam", optimizer("Adam", lr=1e-2), 1.6e-7, 1e-2, "verified"),
     "coupled": ("Adam", optimizer("Adam", lr=1e-2, weight_decay=0.1), 3.6e-7, 2.4e-2, "rate only"),
+    "maximize": (
+        "Adam",
+        optimizer("Adam", lr=1e-2, weight_decay=0.1, maximize=True),
+        *(3.6e-7, 2.4e-2, "rate only"),
+    ),
     "NAdam": ("NAdam", optimizer("NAdam", lr=1e-2), 1.6e-7, 1e-2, "verified"),
     "NAdam decoupled": (
         "NAdam",
@@ -169,6 +174,18 @@ def test_the_rate_alone_is_verified_where_decay_is_coupled_or_momentum_is_used(n
     gradients, figures = recovered(MemoryLog(changed(trees[:6], decay)))
     assert np.median(errors(gradients, truth[:5])) > 1.0
     assert {GRADES[int(number)] for number in figure(figures, "gradient_check").ravel()} == {"rate only"}
+
+
+def test_the_second_moment_shows_what_rounding_hides_in_the_displacement():
+    trees, truth, _ = run("Adam", "float32")
+    # Displacements of large parameters have few digits.
+    far = copy.deepcopy(trees[:12])
+    for tree in far:
+        tree["model"] = {name: values + 64.0 for name, values in tree["model"].items()}
+    gradients, _ = recovered(MemoryLog(far))
+    assert np.median(errors(gradients, truth[:11])) <= CASES["Adam"][2]
+    with pytest.raises(InputError, match=r"the second moments differ by .* of their change, and rounding explains"):
+        recovered(MemoryLog(changed(far, lambda group: group.update(betas=[0.89, 0.999]))))
 
 
 def test_a_rate_that_is_one_percent_off_is_visible():

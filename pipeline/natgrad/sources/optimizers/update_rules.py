@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -89,33 +90,50 @@ class Update:
         return 1.0 if self.options.get("bias_correction") == 0 else 1.0 - self.options[beta] ** self.count
 
 
-@dataclass(frozen=True)
 class Slice:
-    """Elements of a tensor and of its state, in float64.
+    """Elements of a tensor and of its state, in float64, which are read when they are needed.
 
-    Attributes
+    Parameters
     ----------
     start : int
         First element.
-    parameter, next_parameter : array
-        Parameters before and after the update.
-    before, after : mapping of str to array
-        Arrays of the state. Those that do not exist before the first update are zero.
+    read : callable
+        Return an array of the state before (0) or after (1) the update, by its name, or ``parameter``. Arrays that
+        do not exist before the first update are zero.
     first : bool
         There is no state before the update.
     """
 
-    start: int
-    parameter: Array
-    next_parameter: Array
-    before: Mapping[str, Array]
-    after: Mapping[str, Array]
-    first: bool = False
+    def __init__(self, start: int, read: Callable[[int, str], Array], *, first: bool = False) -> None:
+        self.start, self.first = start, first
+        self.before, self.after = (_Arrays(read, index) for index in range(2))
 
     @property
+    def parameter(self) -> Array:
+        """Parameters before the update."""
+        return self.before["parameter"]
+
+    @property
+    def next_parameter(self) -> Array:
+        """Parameters after the update."""
+        return self.after["parameter"]
+
+    @cached_property
     def displacement(self) -> Array:
         """Change of the parameters."""
         return self.next_parameter - self.parameter
+
+
+class _Arrays(dict[str, Array]):
+    """Arrays of one state, each of which is read once."""
+
+    def __init__(self, read: Callable[[int, str], Array], index: int) -> None:
+        super().__init__()
+        self._read, self._index = read, index
+
+    def __missing__(self, name: str) -> Array:
+        self[name] = self._read(self._index, name)
+        return self[name]
 
 
 @dataclass(frozen=True)
