@@ -1,6 +1,7 @@
 """Gradients that are recovered from the states of the optimizer, from the log to labelled results."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -82,8 +83,6 @@ def test_the_angles_are_those_of_the_logged_gradients(tmp_path, log, logged):
         np.testing.assert_array_equal(one["status"], other["status"])
         difference = np.abs(one["angle"] - other["angle"])
         assert (difference <= one["angle_uncertainty"] + other["angle_uncertainty"]).all()
-        # The bound of the gradient is part of the uncertainty of the angle.
-        assert (one["angle_uncertainty"] >= one["gradient_error_bound"]).all()
         assert (one["gradient_error_bound"] < 1e-5).all()
         assert (one["gradient_check_residual"] < 1e-4).all()
     assert (recovered["tensor"]["gradient_check"] == GradientCheck.VERIFIED).all()
@@ -102,6 +101,19 @@ def test_the_angles_are_those_of_the_logged_gradients(tmp_path, log, logged):
     }
     assert recovered.attrs["evaluation"] == "batch"
     assert not any(name.startswith("gradient_check") for name in expected["tensor"].data_vars)
+
+
+def test_the_error_of_the_gradient_is_part_of_the_uncertainty_of_the_angle(tmp_path, log):
+    ingest(log, tmp_path / "out", **RECOVER)
+    compute_ledger(tmp_path / "out", tmp_path / "ledger")
+    _, table = update_table(open_trajectory(tmp_path / "out"), open_ledger(tmp_path / "ledger"))
+    bounds = np.full_like(table.recovery.error_bound, 0.25)
+    tree = dataset.label(replace(table, recovery=replace(table.recovery, error_bound=bounds)), variables=[])
+    for group in ("model", "tensor"):
+        found = tree[group]["angle_uncertainty"].sel(descent="gradient", window=1)
+        assert (found >= np.arcsin(0.25)).all()
+        assert (found < 0.26).all()
+        np.testing.assert_allclose(tree[group]["gradient_error_bound"], 0.25, rtol=1e-14)
 
 
 def test_full_batches_can_be_declared(tmp_path, log):
@@ -192,15 +204,16 @@ def test_a_skipped_update_is_stated_and_has_no_angle(tmp_path, run):
     assert np.isnan(tree["model"]["gradient_error_bound"][2])
 
 
-def test_pairs_of_states_are_not_connected_to_the_next_pair(tmp_path, run):
-    trees, _ = run
+def test_pairs_of_states_are_not_connected_to_the_next_pair(tmp_path):
+    # The distance between the pairs is larger than that of states from which a gradient is recovered.
+    trees, _ = train(adamw, 31)
     folder = tmp_path / "log"
-    for first in (0, 3):
+    for first in (0, 30):
         write(folder, trees[first : first + 2], first)
     (folder / "natgrad.toml").write_text("step_span = 1\n")
     ingest(folder, tmp_path / "out", allow_gaps=True, **RECOVER)
     tree = results(tmp_path)
-    assert tree["model"]["step"].values.tolist() == [0, 3]
+    assert tree["model"]["step"].values.tolist() == [0, 30]
     assert (tree["model"]["status"].sel(descent="gradient", window=1) == 0).all()
 
 
