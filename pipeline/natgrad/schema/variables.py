@@ -41,9 +41,9 @@ __all__ = [
 WITHOUT_GRADIENTS = (
     "the log has no gradients: the results have norms of parameters and updates, and losses, but no angle, no "
     "metric and no condition number. To obtain gradients, record them in the training loop (natgrad.watch or "
-    "natgrad.Recorder). If the log has states of the optimizer, or if gradients are in another log or under another "
-    "key, start again with --overwrite, and pass --gradient from-optimizer, that log as an additional SOURCE, or "
-    "the key with --map gradient=KEY"
+    "natgrad.Recorder). If the log has states of the optimizer, or if gradients are in another log or under "
+    "another key, start again with --overwrite, and pass --gradient from-optimizer, that log as an additional "
+    "SOURCE, or the key with --map gradient=KEY"
 )
 """Sentence for users about a run without gradients."""
 
