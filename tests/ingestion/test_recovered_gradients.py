@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+import natgrad
 from commands import natgrad as command
 from lazy import Lazy
 from natgrad.compute.plan import PlanLimits
@@ -226,6 +227,25 @@ def test_runs_of_a_sweep_are_recovered_one_by_one(tmp_path, run):
     assert tree["model"]["angle"].sel(descent="gradient", window=1).notnull().sum("step").values.tolist() == [3, 2]
 
 
+def test_losses_may_come_from_another_source(tmp_path, log):
+    losses = [json.dumps({"step": step, "loss": 2.0 - step / 10}) for step in range(STATES)]
+    (tmp_path / "train.jsonl").write_text("\n".join(losses) + "\n")
+    ingest([log, tmp_path / "train.jsonl"], tmp_path / "out", **RECOVER)
+    tree = results(tmp_path)
+    np.testing.assert_array_equal(tree["model"]["loss"], [2.0 - step / 10 for step in range(STATES - 1)])
+    assert (tree["tensor"]["gradient_check"] == GradientCheck.VERIFIED).all()
+    assert tree.attrs["evaluation"] == "batch"
+
+
+def test_a_scan_recovers_the_gradients_of_all_runs(tmp_path, run):
+    trees, _ = run
+    for name in ("a", "b"):
+        write(tmp_path / "runs" / name, trees[:4])
+    assert natgrad.scan(tmp_path / "runs", tmp_path / "outs", workers=1, **RECOVER).processed == 2
+    for name in ("a", "b"):
+        assert natgrad.open_results(tmp_path / "outs" / name).attrs["gradient_source"] == "recovered"
+
+
 def test_a_log_with_gradients_is_refused(tmp_path, logged):
     with pytest.raises(InputError, match="the log contains gradients") as error:
         ingest(logged, tmp_path / "out", **RECOVER)
@@ -247,11 +267,13 @@ def test_a_check_that_fails_later_leaves_the_commits_before_it(tmp_path, run):
 
 def test_the_origin_of_gradients_is_fixed_when_the_trajectory_is_created(tmp_path, log):
     ingest(log, tmp_path / "none")
-    with pytest.raises(InputError, match="created without it"):
+    with pytest.raises(InputError, match="created with gradients of the log"):
         ingest(log, tmp_path / "none", **RECOVER)
     ingest(log, tmp_path / "out", largest_span=30, **RECOVER)
-    with pytest.raises(InputError, match="created with --largest-span 30"):
+    with pytest.raises(InputError, match="with --gradient from-optimizer --largest-span 30"):
         ingest(log, tmp_path / "out", **RECOVER)
+    with pytest.raises(InputError, match="but --gradient logged is passed now"):
+        ingest(log, tmp_path / "out", gradient="logged")
     assert ingest(log, tmp_path / "out").new_steps == 0
     with pytest.raises(InputError, match="--largest-span applies only"):
         ingest(log, tmp_path / "other", largest_span=30)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 from natgrad.schema.errors import InputError
-from natgrad.schema.names import FROM_OPTIMIZER, LOGGED
+from natgrad.schema.names import FROM_OPTIMIZER
 from natgrad.sources.names import SCALAR_LOG_QUANTITIES
 from natgrad.sources.recovered import LARGEST_SPAN
 from natgrad.sources.run_file import run_file_options
@@ -35,8 +35,8 @@ class ReadOptions:
         Names of the steps (``--pattern``); empty for the usual names.
     exact_names : bool
         Whether tensors with names that differ by a known rule are not matched (``--exact-names``).
-    gradient : str
-        Where gradients come from, one of `natgrad.schema.names.GRADIENTS` (``--gradient``).
+    gradient : str, optional
+        Where gradients come from, one of `natgrad.schema.names.GRADIENTS` (``--gradient``). Default: the log.
     largest_span : int
         Maximum number of updates between two states from which a gradient is recovered (``--largest-span``).
     several : bool
@@ -49,7 +49,7 @@ class ReadOptions:
     shift: Mapping[str, int] = field(default_factory=dict)
     pattern: str = ""
     exact_names: bool = False
-    gradient: str = LOGGED
+    gradient: str | None = None
     largest_span: int = LARGEST_SPAN
     several: bool = False
     sources: Mapping[str, Any] | None = None
@@ -83,7 +83,7 @@ class ReadOptions:
             shift=shift or {},
             pattern=pattern or "",
             exact_names=exact_names,
-            gradient=gradient or LOGGED,
+            gradient=gradient,
             largest_span=LARGEST_SPAN if largest_span is None else largest_span,
             several=len(sources) > 1,
             sources=listed,
@@ -97,7 +97,7 @@ class ReadOptions:
             shift=stored.get("shift", {}),
             pattern=stored.get("pattern", ""),
             exact_names=stored.get("exact_names", False),
-            gradient=stored.get("gradient", LOGGED),
+            gradient=stored.get("gradient"),
             largest_span=stored.get("largest_span", LARGEST_SPAN),
             several=stored.get("several", False),
             sources=stored.get("sources"),
@@ -138,13 +138,17 @@ class ReadOptions:
         original = self.from_json(trajectory.read_options)
         if self.exact_names and not original.exact_names:
             raise _changed_options(store, "it was created without --exact-names")
-        if self.recover is not None and self.recover != original.recover:
-            created = "without it" if original.recover is None else f"with --largest-span {original.recover}"
-            difference = (
-                f"--gradient from-optimizer --largest-span {self.recover} is passed, but it was created {created}"
+        if self.gradient is not None and self.recover != original.recover:
+            kept = "with gradients of the log"
+            if original.recover is not None:
+                kept = f"with --gradient {FROM_OPTIMIZER} --largest-span {original.recover}"
+            requested = "" if self.recover is None else f" --largest-span {self.recover}"
+            raise _changed_options(
+                store, f"it was created {kept}, but --gradient {self.gradient}{requested} is passed now"
             )
-            raise _changed_options(store, difference)
-        fixed = {name: getattr(original, name) for name in ("exact_names", "gradient", "largest_span")}
+        fixed: dict[str, Any] = {
+            name: getattr(original, name) for name in ("exact_names", "gradient", "largest_span")
+        }
         if self.sources is not None or original.sources is not None:
             # A single source is not compared with a run file, because it may be the folder of a restarted run.
             before = original.sources or {}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -89,12 +89,20 @@ class Recovered:
             reader = stack.enter_context(self._source.open(step))
             after = None
             if following is not None:
-                try:
-                    after = stack.enter_context(self._source.open(following))
-                    after.content()
-                except Unreadable:  # it is still being written, so that this is the last state at present
-                    after = following = None
-            yield _RecoveredStep((step, following), (reader, after), self._largest_span)
+                # If it is still being written, this is the last state at present.
+                with suppress(Unreadable):
+                    opened = stack.enter_context(self._source.open(following))
+                    after = _Next(following, opened, opened.content())
+            yield _RecoveredStep(step, reader, after, self._largest_span)
+
+
+@dataclass(frozen=True)
+class _Next:
+    """The state after an update."""
+
+    step: LoggedStep
+    reader: StepReader
+    content: StepContent
 
 
 @dataclass(frozen=True)
@@ -118,14 +126,8 @@ class _Pair:
 class _RecoveredStep:
     """Reader of a step with the gradient of the update that follows it."""
 
-    def __init__(
-        self,
-        steps: tuple[LoggedStep, LoggedStep | None],
-        readers: tuple[StepReader, StepReader | None],
-        largest_span: int,
-    ) -> None:
-        self._step, self._following = steps
-        self._reader, self._after = readers
+    def __init__(self, step: LoggedStep, reader: StepReader, after: _Next | None, largest_span: int) -> None:
+        self._step, self._reader, self._after = step, reader, after
         self._largest_span = largest_span
         self._pair: _Pair | None = None
 
@@ -141,7 +143,7 @@ class _RecoveredStep:
             )
         if self._after is None:
             return content
-        pair = self._matched()
+        pair = self._matched(content)
         gradients = {
             name: LoggedTensor(content.arrays[_PARAMETER][name].shape, update.dtype)
             for name, update in pair.updates.items()
@@ -215,27 +217,23 @@ class _RecoveredStep:
         return InputError(
             f"cannot recover the gradient from the states of the optimizer: {why}",
             where=where(self._step, _GRADIENT, tensor),
-            why=f"the next state is step {self._following.number}" if self._following is not None else "",
+            why=f"the next state is step {self._after.step.number}" if self._after is not None else "",
             remedy="log gradients, or record them in the training loop; without --gradient from-optimizer, the log "
             "is processed without gradients",
         )
 
-    def _matched(self) -> _Pair:
+    def _matched(self, content: StepContent | None = None) -> _Pair:
         """Match the states of both steps by tensor."""
         if self._pair is None:
-            self._pair = self._match()
+            assert self._after is not None, "the last state has no gradient"
+            self._pair = self._match(content or self._reader.content(), self._after)
         return self._pair
 
-    def _match(self) -> _Pair:
-        assert self._after is not None
-        assert self._following is not None
-        content, following = self._reader.content(), self._after.content()
-        before, after = (
-            self._state(step, part.optimizer)
-            for step, part in ((self._step, content), (self._following, following))
-        )
-        parameters = tuple(part.arrays.get(_PARAMETER, {}) for part in (content, following))
-        distance = self._following.number - self._step.number
+    def _match(self, content: StepContent, following: _Next) -> _Pair:
+        before = self._state(self._step, content.optimizer)
+        after = self._state(following.step, following.content.optimizer)
+        parameters = tuple(part.arrays.get(_PARAMETER, {}) for part in (content, following.content))
+        distance = following.step.number - self._step.number
         connected = not self._step.step_span or distance == self._step.step_span
         updates: dict[str, TensorUpdate] = {}
         skipped, started = False, any(state.arrays for state in after.rules.values())
@@ -247,7 +245,7 @@ class _RecoveredStep:
             try:
                 update = TensorUpdate(
                     tensor,
-                    (self._reader, self._after),
+                    (self._reader, following.reader),
                     (parameters[0][tensor], parameters[1][tensor]),
                     (before.rules[tensor], state),
                     distance,
