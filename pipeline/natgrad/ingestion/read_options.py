@@ -139,12 +139,12 @@ class ReadOptions:
         if self.exact_names and not original.exact_names:
             raise _changed_options(store, "it was created without --exact-names")
         if self.gradient is not None and self.recover != original.recover:
-            kept = "with gradients of the log"
+            created = "with gradients of the log"
             if original.recover is not None:
-                kept = f"with --gradient {FROM_OPTIMIZER} --largest-span {original.recover}"
+                created = f"with --gradient {FROM_OPTIMIZER} --largest-span {original.recover}"
             requested = "" if self.recover is None else f" --largest-span {self.recover}"
             raise _changed_options(
-                store, f"it was created {kept}, but --gradient {self.gradient}{requested} is passed now"
+                store, f"it was created {created}, but --gradient {self.gradient}{requested} is passed now"
             )
         fixed: dict[str, Any] = {
             name: getattr(original, name) for name in ("exact_names", "gradient", "largest_span")
