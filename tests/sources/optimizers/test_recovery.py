@@ -264,6 +264,65 @@ def test_rules_that_cannot_be_inverted_are_refused_by_name(name, optimizer_of):
         recovered(MemoryLog(trees))
 
 
+def sparse_adam():
+    model = torch.nn.Embedding(5, 3, sparse=True)
+    optimizer = torch.optim.SparseAdam(model.parameters(), lr=0.1)
+    for _ in range(2):
+        yield model, optimizer
+        optimizer.zero_grad()
+        model(torch.tensor([1, 3])).square().sum().backward()
+        optimizer.step()
+    yield model, optimizer
+
+
+def lbfgs():
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(torch.ones(4, 3)).square().sum()
+        loss.backward()
+        return loss
+
+    for _ in range(2):
+        yield model, optimizer
+        optimizer.step(closure)
+    yield model, optimizer
+
+
+@pytest.mark.parametrize(("name", "states"), [("SparseAdam", sparse_adam), ("LBFGS", lbfgs)])
+def test_rules_of_another_loop_are_refused_by_name(name, states):
+    trees = [copy.deepcopy({"model": m.state_dict(), "optimizer": o.state_dict()}) for m, o in states()]
+    with pytest.raises(InputError, match=f"{name} cannot be inverted"):
+        recovered(MemoryLog(trees))
+
+
+def test_states_in_double_precision_give_gradients_in_double_precision():
+    trees, truth = train(CASES["AdamW"][1], 8, "float64")
+    gradients, figures = recovered(MemoryLog(trees))
+    error = errors(gradients, truth)
+    assert (error <= figure(figures, "gradient_error_bound")).all()
+    # The ratio of the precisions of float32 and float64.
+    assert np.median(error) <= CASES["AdamW"][2] * 2.0**-29
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_diverged_run_has_a_gradient_of_nan(name):
+    trees, *_ = run(name, "float32")
+    diverged = copy.deepcopy(trees[:3])
+    for values in diverged[2]["model"].values():
+        values[:] = float("inf")
+    for entry in diverged[2]["optimizer"]["state"].values():
+        for key, values in entry.items():
+            if key != "step" and isinstance(values, torch.Tensor):
+                values[...] = float("inf")
+    gradients, figures = recovered(MemoryLog(diverged))
+    assert all(np.isfinite(values).all() for values in gradients[0].values())
+    assert not any(np.isfinite(values).any() for values in gradients[1].values())
+    assert (figure(figures[1:], "gradient_check") == GRADES.index("none")).all()
+
+
 def test_a_rule_with_the_names_of_adam_is_refused_because_it_does_not_explain_the_update():
     trees, _ = train(lambda model: pytorch_optimizer.StableAdamW(model.parameters(), lr=1e-2), 3)
     with pytest.raises(InputError, match="does not explain the update"):

@@ -291,13 +291,20 @@ class TensorUpdate:
 
     def gradient(self, start: int, stop: int) -> Iterator[Array]:
         """Yield the gradient of elements ``start`` to ``stop``, slice by slice."""
-        update = self._prepared
+        with _diverged():
+            update = self._prepared
         for first in range(start, stop, _SLICE):
             part = self._slice(first, min(first + _SLICE, stop))
-            yield self.rule.gradient(update, part)[0]
+            with _diverged():
+                values, _ = self.rule.gradient(update, part)
+            yield values
 
     def check(self) -> Check:
         """Compute the error bound of the gradient of the tensor, and apply the rule to it."""
+        with _diverged():
+            return self._checked()
+
+    def _checked(self) -> Check:
         update = self._prepared
         # The rate of an update is saved with the state before it or after it; the check shows which.
         rates = dict.fromkeys(options[_RATE] for options in self._options)
@@ -415,7 +422,7 @@ class TensorUpdate:
         return [update for _, update in found]
 
     def _context(self, update: Update) -> dict[str, Any]:
-        return self._factors(update) if self.rule.context == "factors" else {}
+        return self._factors(update) if self.rule.context == "factors" and self.elements else {}
 
     def _factors(self, update: Update) -> dict[str, Any]:
         """Return the context of Adafactor; see `complete_factors`."""
@@ -471,6 +478,11 @@ class TensorUpdate:
 
 _CHECK_ROUNDINGS = 8.0
 """Rounding errors of a displacement, in units of the roundoff."""
+
+
+def _diverged() -> np.errstate:
+    """Return a context for the numbers of a run that may have diverged: the results are then NaN."""
+    return np.errstate(all="ignore")
 
 
 def _is_bfloat16(arrays: Mapping[str, LoggedTensor]) -> bool:
