@@ -1,6 +1,7 @@
 """Gradients that are recovered from the states of the optimizer, from the log to labelled results."""
 
 import json
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
@@ -216,6 +217,37 @@ def test_pairs_of_states_are_not_connected_to_the_next_pair(tmp_path):
     tree = results(tmp_path)
     assert tree["model"]["step"].values.tolist() == [0, 30]
     assert (tree["model"]["status"].sel(descent="gradient", window=1) == 0).all()
+
+
+def test_means_over_several_updates_are_stated(tmp_path):
+    trees, _ = train(adamw, 30)
+    for number in (0, 10, 20, 30):
+        write(tmp_path / "log", [trees[number]], number)
+    summary = ingest(tmp_path / "log", tmp_path / "out", **RECOVER)
+    assert any("each gradient is a mean" in text for text in summary.warnings)
+    tree = results(tmp_path)
+    assert tree.attrs["gradient_updates"] == 10
+    assert tree.attrs["gradient_check"] == "none"
+    assert (tree["tensor"]["gradient_check"] == GradientCheck.NONE).all()
+    assert np.isfinite(tree["model"]["angle"].sel(descent="gradient", window=1)).all()
+
+
+def test_decay_that_the_user_declares_is_that_of_the_optimizer(tmp_path, run):
+    trees, _ = run
+    old = [tree | {"optimizer": deepcopy(tree["optimizer"])} for tree in trees]
+    for tree in old:
+        for group in tree["optimizer"]["param_groups"]:
+            del group["decoupled_weight_decay"]
+    log = write(tmp_path / "log", old)
+    (log / "natgrad.toml").write_text("[optimizer]\ndecoupled_weight_decay = true\n")
+    summary = ingest(log, tmp_path / "out", **RECOVER)
+    assert not any("does not state whether it is decoupled" in text for text in summary.warnings)
+    tree = results(tmp_path)
+    assert tree.attrs["gradient_rule"] == "AdamW"
+    assert (tree["tensor"]["weight_decay"] == 0.1).all()
+    (log / "natgrad.toml").write_text("[optimizer]\ndecoupled_weight_decay = 1\n")
+    with pytest.raises(InputError, match="decoupled_weight_decay = true or false"):
+        ingest(log, tmp_path / "other", **RECOVER)
 
 
 def test_runs_of_a_sweep_are_recovered_one_by_one(tmp_path, run):

@@ -34,6 +34,7 @@ _BATCH = (
     "gradients are recovered from the states of the optimizer: each is that of the mini-batch of its update, after "
     "clipping, if there was any"
 )
+_MEANS = "states are several updates apart: each gradient is a mean over them, in which the last updates weigh most"
 _SKIPPED = (
     "the optimizer skipped updates of tensors, as its counters show: their gradients are not known, and are NaN"
 )
@@ -263,7 +264,12 @@ class _RecoveredStep:
             updates[tensor] = update
         if not updates:
             raise self._not_invertible("it has no state for any parameter")
-        notes = (*((_SKIPPED,) if skipped and connected else ()), *(() if connected else (_UNCONNECTED,)))
+        means = connected and any(update.span > 1 for update in updates.values())
+        notes = (
+            *((_MEANS,) if means else ()),
+            *((_SKIPPED,) if skipped and connected else ()),
+            *(() if connected else (_UNCONNECTED,)),
+        )
         return _Pair(updates, notes, connected)
 
     def _state(self, step: LoggedStep, state: OptimizerState | None) -> OptimizerState:

@@ -208,6 +208,10 @@ def _matched(
     user_options: Mapping[str, str | int],
 ) -> SavedOptimizer:
     optimizers = [_Optimizer(container, root) for root in roots]
+    for group in (group for optimizer in optimizers for group in optimizer.groups.values()):
+        # Before torch 2.7, no option distinguishes Adam from AdamW.
+        if _DECAY in user_options and "beta1" in group.options:
+            group.options.setdefault(_DECAY, float(user_options[_DECAY]))
     group_rates = tuple(
         group.options["tensor_learning_rate"]
         for optimizer in optimizers
@@ -266,7 +270,7 @@ def _matched(
             metrics[tensor] = saved.metric(rule, parameters[tensor].shape)
         of_rule |= {_ARRAYS[name]: container.tensors[key] for name, key in entry_keys.items() if name in _ARRAYS}
         saved_rules[tensor] = RuleState(
-            {**options, **_declared(user_options)},
+            options,
             counts,
             of_rule,
             (*(name for name in entry_keys if name not in (*of_rule, *counts)), *optimizer.others.get(entry, ())),
@@ -286,11 +290,6 @@ def _matched(
         *(arrays, numbers, metrics), notes=notes, group_rates=group_rates, decay_note=note, rules=saved_rules
     )
     return SavedOptimizer(roots, state, keys | _factor_keys(metrics))
-
-
-def _declared(user_options: Mapping[str, str | int]) -> dict[str, float]:
-    """Return the options of rules that the user specified."""
-    return {"decoupled_weight_decay": float(user_options[_DECAY])} if _DECAY in user_options else {}
 
 
 def _rule_problem(arrays: Mapping[str, LoggedTensor], shape: tuple[int, ...]) -> str:
