@@ -55,10 +55,16 @@ KINDS = (
 """Operators that replace each other."""
 
 TESTS = {
+    "results.blocks": ["results/test_building"],
+    "results.building": ["results/test_building"],
     "results.dataset": ["results/test_dataset", "results/test_variables"],
     "results.inputs": ["results/test_inputs", "results/test_dataset"],
+    "results.objective": ["results/test_objective", "results/test_dataset"],
     "results.pairs": ["results/test_pairs", "results/test_dataset"],
+    "results.recovery": ["ingestion/test_recovered_gradients", "results/test_variables"],
     "results.replicates": ["results/test_replicates"],
+    "results.sizes": ["results/test_building"],
+    "results.stored": ["results/test_stored"],
     "results.summary": ["results/test_summary"],
     "results.updates": ["results/test_variables", "results/test_pairs", "results/test_dataset"],
     "results.variables": ["results/test_variables", "results/test_pairs", "results/test_dataset"],

@@ -13,8 +13,11 @@ import time
 import pytest
 from test_ledger_pass import ELEMENTS, SHAPES, SMALL, bits, compute_small
 
-from logs import walk_arrays, write_trajectory
+from logs import random_walk, walk_arrays, write_log, write_trajectory
 from natgrad.compute import clusters
+from natgrad.schema.layout import IngestLimits
+from natgrad.store import open_trajectory
+from opened import ingest
 from servers import kill, process
 
 ROWS, CHUNK = 120, (3, 40)
@@ -176,6 +179,20 @@ def test_a_host_that_loses_power_costs_nothing_but_its_work(hosts, tmp_path, sto
         begun(running)
         kill(workers["one"])
         finish(running, store, expected)
+
+
+def test_a_host_that_loses_power_costs_nothing_but_its_work_in_place(hosts, tmp_path):
+    log = write_log(tmp_path / "log", random_walk(ROWS, SHAPES))
+    for out, in_place in (("copied", False), ("placed", True)):
+        store = tmp_path / out / "trajectory.zarr"
+        ingest(log, store, in_place=in_place, limits=IngestLimits(chunk=CHUNK))
+        assert open_trajectory(store).in_place == in_place
+    compute_small(tmp_path / "copied/trajectory.zarr", tmp_path / "copied/ledger.zarr")
+    with dask_hosts(hosts, tmp_path) as (address, workers):
+        running = pass_on(hosts, address, store)
+        begun(running)
+        kill(workers["one"])
+        finish(running, store, bits(tmp_path / "copied/ledger.zarr"))
 
 
 @pytest.mark.parametrize("back", [True, False])
