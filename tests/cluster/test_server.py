@@ -65,12 +65,12 @@ def test_a_served_schedule_outlives_its_server(server, root, tmp_path):
     out = tmp_path / "out"
     serve = (NATGRAD, "serve", root, out, "--every", "20", "--workers", "1", "--name", "outlives")
     with process(*serve, environment=server.environment, log=tmp_path / "serve.log"):
-        wait_for(lambda: states(out) == {"run": ("done", 2)})
+        wait_for(lambda: states(root, out) == {"run": ("done", 2)})
         before = {run.id for run in flow_runs(server)}
         server.kill()
         append(root, 3)
         server.start()
-        wait_for(lambda: states(out) == {"run": ("done", 3)})
+        wait_for(lambda: states(root, out) == {"run": ("done", 3)})
         assert before <= {run.id for run in flow_runs(server)}
 
 
@@ -78,21 +78,21 @@ def test_a_watcher_that_was_killed_is_followed_by_another(server, root, tmp_path
     out = tmp_path / "out"
     serve = (NATGRAD, "serve", root, out, "--every", "20", "--workers", "1", "--name", "followed")
     with process(*serve, environment=server.environment, log=tmp_path / "serve.log") as running:
-        wait_for(lambda: "run" in states(out))
+        wait_for(lambda: "run" in states(root, out))
         kill(running)
     append(root, 3)
     with process(*serve, environment=server.environment, log=tmp_path / "serve.log"):
-        wait_for(lambda: states(out) == {"run": ("done", 3)})
+        wait_for(lambda: states(root, out) == {"run": ("done", 3)})
 
 
 def test_workers_of_a_pool_take_what_is_deployed(server, root, tmp_path):
     out, prefect = tmp_path / "out", (sys.executable, "-m", "prefect")
     made = [*prefect, "work-pool", "create", "--type", "process", "here"]
     subprocess.run(made, env=os.environ | server.environment, check=True, capture_output=True)
-    told = natgrad(server, "deploy", root, out, "--pool", "here", "--every", "20", "--workers", "1", "--json")
-    assert "scan-runs/natgrad" in json.loads(told.stdout)["deployments"]
+    deployed = natgrad(server, "deploy", root, out, "--pool", "here", "--every", "20", "--workers", "1", "--json")
+    assert "scan-runs/natgrad" in json.loads(deployed.stdout)["deployments"]
     worker = (*prefect, "worker", "start", "--pool", "here", "--limit", "2")
     with process(*worker, environment=server.environment, log=tmp_path / "worker.log"):
-        wait_for(lambda: states(out) == {"run": ("done", 2)})
+        wait_for(lambda: states(root, out) == {"run": ("done", 2)})
         append(root, 3)
-        wait_for(lambda: states(out) == {"run": ("done", 3)})
+        wait_for(lambda: states(root, out) == {"run": ("done", 3)})
