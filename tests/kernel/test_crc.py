@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from natgrad.kernel import crc
-from natgrad.kernel.gram import entry
+from natgrad.kernel.compiled import entry
 from natgrad.store import add_to_checksums
 
 

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mpmath import mp, mpf
 
-from natgrad.kernel import gram as kernel_gram
 from natgrad.kernel import ledger_sums
+from natgrad.kernel import replicates as kernel
 from natgrad.kernel.ledger_sums import roundoff_bound
 from natgrad.results import replicates
 from natgrad.results.replicates import REPLICATE_VARIABLES
@@ -192,9 +192,7 @@ def test_the_angle_of_the_mean_is_as_accurate_as_promised(seed, angle, spread, s
     cuts = np.array([0, size // 4, size // 2, size - 2, size])
     layout = Layout.from_shapes({"a": ((size // 2,), "float64"), "b": ((size - size // 2,), "float64")})
     gram = np.empty((1, 4, 7, 7))
-    kernel_gram.replicate_products(
-        [np.zeros((1, size))], [-y[None]], [[state[None]] for state in states], cuts, gram
-    )
+    kernel.replicate_products([np.zeros((1, size))], [-y[None]], [[state[None]] for state in states], cuts, gram)
     gram = ledger_sums.add_replicates(2, np.array([0, 0, 1, 1]), gram)
     tree = replicates.label(gram, layout, replicates=4, learning_rate=1.0)
     parts = {None: slice(None), "a": slice(0, size // 2), "b": slice(size // 2, size)}
@@ -218,7 +216,7 @@ def test_replicates_near_the_gradient_are_almost_as_accurate_as_their_mean():
     noise = rng.standard_normal((4, 50))
     states = g + 1e-7 * (noise - noise.mean(axis=0))
     gram = np.empty((1, 1, 7, 7))
-    kernel_gram.replicate_products(
+    kernel.replicate_products(
         [np.zeros((1, 50))], [-y[None]], [[state[None]] for state in states], np.array([0, 50]), gram
     )
     layout = Layout.from_shapes({"w": ((50,), "float64")})
@@ -248,7 +246,7 @@ def test_replicates_that_underflow_or_overflow_are_not_zero_and_not_infinite():
     layout = Layout.from_shapes({"w": ((5,), "float64")})
     for expected, (slope, states) in cases.items():
         gram = np.empty((1, 1, 6, 6))
-        kernel_gram.replicate_products(
+        kernel.replicate_products(
             [np.zeros((1, 5))], [slope[None]], [[state[None]] for state in states], np.array([0, 5]), gram
         )
         with np.errstate(invalid="ignore"):

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from natgrad.compute.plan import PassPlan, PlanLimits, Tile, read_blocks
 from natgrad.compute.work import Work
-from natgrad.kernel import crc, gram, ledger_sums, stream
+from natgrad.kernel import crc, gram, ledger_sums, replicates, stream
 from natgrad.schema.layout import LedgerChunk, storage_dtype
 from natgrad.schema.logs import logger
 from natgrad.schema.names import (
@@ -350,7 +350,7 @@ def _block_segments(
                 contiguous.get(HVP),
             )
             if replicate_products:
-                gram.replicate_products(
+                replicates.replicate_products(
                     contiguous["parameter"],
                     contiguous["gradient"],
                     [contiguous[name] for name in states.replicates_of(REPLICATE_PARAMETER)],

@@ -26,7 +26,7 @@ from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from natgrad.kernel.gram import inner, pointer
+from natgrad.kernel.compiled import inner, pointer
 
 __all__ = ["HARDWARE", "START", "update"]
 

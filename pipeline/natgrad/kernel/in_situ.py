@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from natgrad.kernel.gram import BLOCK, entry, pointer, segment_products
+from natgrad.kernel.compiled import entry, pointer
+from natgrad.kernel.gram import BLOCK, segment_products
 
 __all__ = ["SEGMENT", "refresh_products"]
 

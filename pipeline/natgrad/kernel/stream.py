@@ -24,7 +24,8 @@ from numba import types
 from numpy.typing import NDArray
 
 from natgrad.kernel import crc
-from natgrad.kernel.gram import entry, inner, pointer, row_products, words_of
+from natgrad.kernel.compiled import entry, inner, pointer, words_of
+from natgrad.kernel.gram import row_products
 from natgrad.kernel.located import Located
 
 __all__ = ["buffer_bytes", "products", "read"]

@@ -149,7 +149,7 @@ def _compiled_products(
     before: Sequence[NDArray[Any]], after: Sequence[NDArray[Any]], gradient: Sequence[NDArray[Any]]
 ) -> Ledgers:
     from natgrad.kernel import in_situ
-    from natgrad.kernel.gram import words_of
+    from natgrad.kernel.compiled import words_of
 
     sizes = np.array([array.size for array in before], np.int64)
     segments = -(-sizes // in_situ.SEGMENT)
