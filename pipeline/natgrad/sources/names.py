@@ -17,6 +17,7 @@ from natgrad.sources.base import Difference, StepContent
 from natgrad.sources.bounds import parse_toml, shown
 from natgrad.sources.byte_ranges import ByteRange
 from natgrad.sources.container import Container
+from natgrad.sources.families import ANY_NAME, SEPARATORS, left_out, members, usual_families
 from natgrad.sources.optimizers.factors import USER_OPTIONS
 from natgrad.sources.optimizers.saved_state import SavedOptimizer, optimizer_roots, saved_optimizer
 from natgrad.sources.optimizers.state import OptimizerState
@@ -122,12 +123,13 @@ class Names:
             If a quantity is unknown or a key is not a string.
         """
         for quantity, key in mapping.items():
-            if quantity not in QUANTITIES or not isinstance(key, str) or not key:
+            stars = key.count(ANY_NAME) if isinstance(key, str) and quantity in (*STATES, *REPLICATE_STATES) else 0
+            if quantity not in QUANTITIES or not isinstance(key, str) or not key or stars > 1:
                 raise InputError(
                     f"{quantity}={key} is not a valid mapping of a quantity to a key",
                     where=location,
                     remedy=f"write QUANTITY=KEY with QUANTITY one of {', '.join(QUANTITIES)}; the key of the "
-                    f"complete file is {ROOT}",
+                    f"complete file is {ROOT}, and {ANY_NAME} may stand once for the names of the tensors",
                 )
         required = {quantity: (key,) for quantity, key in mapping.items()}
         return replace(
@@ -345,6 +347,7 @@ class NamedStep:
         self._keys: dict[str, Mapping[str, str]] | None = None
         self._full_model = names.model
         self._absent: dict[str, InputError] = {}
+        self._families: dict[str, str] = {}
 
     def __enter__(self) -> NamedStep:
         return self
@@ -428,7 +431,10 @@ class NamedStep:
             for alias, key in self._container.aliases.items()
             if key in parameters
         }
+        # Another log may have the gradients under the same keys as this one has the parameters.
+        aliases |= {key: name for key, name in parameters.items() if self._families}
         unused = tuple(key for key in tensors if key not in used)
+        notes += self._family_notes(found, unused)
         state = None if optimizer is None else optimizer.state
         if state is not None and "learning_rate" in self._names.required:
             state = state.with_rates({}, ())  # the user specified another one
@@ -504,6 +510,21 @@ class NamedStep:
             f"inert in {MAP_FILE})"
             for kind, found in keys.items()
         ]
+
+    def _family_notes(self, found: Mapping[str, Mapping[str, str]], unused: Collection[str]) -> list[str]:
+        """Return notes on keys that were split, and on keys that select only a part of similar tensors."""
+        notes = [f"{array}s have the keys {key}, where * is the name" for array, key in self._families.items()]
+        free = [key for key in unused if self._container.tensors[key].dtype in STORAGE_DTYPES]
+        for array in STATES:
+            key = self._names.keys.get(array, ("",))[0]
+            rest = left_out(key, found.get(array, {}).values(), free) if array in self._names.required else []
+            if rest:
+                notes.append(
+                    f"the key {key} of {array} selects {len(found[array])} tensors, and {len(rest)} tensors with "
+                    f"similar keys are OMITTED from the model; the first is {rest[0]!r} (to include them, use --map "
+                    f"{array}=KEY with what their keys have in common, in which * stands for the names)"
+                )
+        return notes
 
     def _lost(self, array: str, prefix: str) -> list[str]:
         """Return the keys at and below a prefix of what was not read because of its class, but may be a tensor.
@@ -621,6 +642,22 @@ class NamedStep:
         elif found and not self._names.model:
             rooted = []  # a file with other native keys is not a model
         starts = tuple(f"{root}/" for root in optimizer_roots(self._container)) if rooted else ()
+        if rooted and not found and not self._names.required.intersection(rooted):
+            scalars = {key for name in (*SCALARS, *REPLICATES, "step") for key in self._names.keys.get(name, ())}
+            free = {
+                key: logged
+                for key, logged in self._container.tensors.items()
+                if key not in claimed
+                and key not in scalars
+                and not key.startswith(starts)
+                and logged.dtype in STORAGE_DTYPES
+            }
+            families = usual_families(free)
+            if len(families) == 1 and STATES[0] not in rooted:  # the name of the file says what it contains
+                families = dict.fromkeys(rooted[:1], *families.values())
+            found = {array: self._floats(array, names, ROOT) for array, (_, names) in families.items()}
+            self._families = {array: key for array, (key, _) in families.items()}
+            rooted = [] if found else rooted
         for array in rooted:
             names = {
                 key: key for key in self._container.tensors if key not in claimed and not key.startswith(starts)
@@ -629,8 +666,11 @@ class NamedStep:
         return found
 
     def _under(self, array: str, prefix: str) -> dict[str, str]:
-        # Many names contain dots: a dot separates levels only after a prefix that the user specified.
-        for separator in "/." if array in self._names.required else "/":
+        # Many names contain dots: other characters separate levels only after a prefix that the user specified.
+        required = array in self._names.required
+        if ANY_NAME in prefix and required:
+            return self._floats(array, members(prefix, self._container.tensors), prefix)
+        for separator in SEPARATORS if required else "/":
             start = prefix + separator
             names = {key.removeprefix(start): key for key in self._container.tensors if key.startswith(start)}
             names = self._floats(array, {name: key for name, key in names.items() if name}, prefix)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from natgrad.schema.layout import STORAGE_DTYPES
 from natgrad.schema.names import SCALARS
+from natgrad.sources.families import ANY_NAME, left_out
 from natgrad.sources.search import is_step_file, names_below, skeleton, step_suffixes
 from natgrad.sources.step_names import STEP_FIELD, counts_other, role_of, words
 from natgrad.sources.steps import LoggedTensor
@@ -29,6 +30,7 @@ _PARAMETER = {
 }
 _NO_PARAMETER = {
     *("optim", "optimizer", "opt", "ema", "momentum", "velocity", "exp", "avg", "moment", "hvp", "buffer", "sq"),
+    *("m", "v", "mom"),
 }
 _SCALAR_WORDS: dict[str, tuple[set[str], ...]] = {
     "loss": ({"loss"}, {"objective"}, {"cost"}, {"nll"}),
@@ -126,14 +128,15 @@ def suggested_map(keys: Mapping[str, LoggedTensor | float], lacking: Collection[
 def _arrays(keys: Mapping[str, LoggedTensor | float]) -> dict[str, str]:
     """Return the keys of gradients, named as such, and of parameters with the same names and shapes.
 
-    If there are no other tensors, the parameters may be in another log.
+    If there are no other tensors, the parameters may be in another log. Keys that select only a part of similar
+    tensors are not candidates.
     """
-    groups: dict[str, dict[str, tuple[int, ...]]] = {}
-    for key, tensor in keys.items():
-        if isinstance(tensor, LoggedTensor) and tensor.dtype in STORAGE_DTYPES:
-            groups.setdefault(key, {})[""] = tensor.shape
-            for match in re.finditer("[/.]", key):
-                groups.setdefault(key[: match.start()], {})[key[match.end() :]] = tensor.shape
+    tensors = {
+        key: tensor
+        for key, tensor in keys.items()
+        if isinstance(tensor, LoggedTensor) and tensor.dtype in STORAGE_DTYPES
+    }
+    groups = _groups(tensors)
     gradients = sorted((key for key in groups if _last_words(key) & _GRADIENT), key=len)
     for gradient in gradients:
         names = groups[gradient]
@@ -147,15 +150,46 @@ def _arrays(keys: Mapping[str, LoggedTensor | float]) -> dict[str, str]:
         hinted = [key for key in candidates if _last_words(key) & _PARAMETER] or candidates
         smallest = min((len(groups[key]) for key in hinted), default=0)
         best = [key for key in hinted if len(groups[key]) == smallest]
-        if len(best) == 1:
+        if len(best) == 1 and not _is_part({"parameter": best[0], "gradient": gradient}, groups, tensors):
             return {"parameter": best[0], "gradient": gradient}
-    tensors = sum("" in group for group in groups.values())
-    alone = [gradient for gradient in gradients if len(groups[gradient].keys() - {""}) == tensors]
+    alone = [gradient for gradient in gradients if len(groups[gradient].keys() - {""}) == len(tensors)]
     return {"gradient": alone[-1]} if alone else {}
 
 
+def _groups(tensors: Mapping[str, LoggedTensor]) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Return the shapes of tensors by name for each key, and each pattern, that may be that of an array."""
+    groups: dict[str, dict[str, tuple[int, ...]]] = {}
+    for key, tensor in tensors.items():
+        groups.setdefault(key, {})[""] = tensor.shape
+        for match in re.finditer("[/.]", key):
+            groups.setdefault(key[: match.start()], {})[key[match.end() :]] = tensor.shape
+        flat = re.match("[^/.]*?[:_-]", key)
+        if flat:
+            groups.setdefault(f"{flat[0]}{ANY_NAME}", {})[key[flat.end() :]] = tensor.shape
+        last = re.search("[/.:_-][A-Za-z]+$", key)
+        if last and words(last[0]) & _GRADIENT:
+            groups.setdefault(f"{ANY_NAME}{last[0]}", {})[key[: last.start()]] = tensor.shape
+    return groups
+
+
+def _is_part(
+    found: Mapping[str, str],
+    groups: Mapping[str, Mapping[str, tuple[int, ...]]],
+    tensors: Mapping[str, LoggedTensor],
+) -> bool:
+    """Return True if keys select only a part of tensors with similar keys."""
+    used = {one for key in found.values() for name in groups[key] for one in _named(key, name)}
+    rest = [key for key in tensors if key not in used]
+    return any(left_out(key, groups[key], rest) for key in found.values())
+
+
+def _named(key: str, name: str) -> list[str]:
+    """Return the keys that a tensor of an array may have."""
+    return [key.replace(ANY_NAME, name)] if ANY_NAME in key else [key, *(f"{key}{end}{name}" for end in "/.")]
+
+
 def _last_words(key: str) -> set[str]:
-    return words(re.split("[/.]", key)[-1])
+    return words(re.split("[/.]", key.strip(f"{ANY_NAME}/."))[-1])
 
 
 def _overlap(key: str, other: str) -> bool:

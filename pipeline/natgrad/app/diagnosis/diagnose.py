@@ -110,6 +110,8 @@ def diagnose(paths: Sequence[Storage], options: Mapping[str, Any]) -> Diagnosis:
     accepted += [tried for tried in recovering if tried is not None]
     accepted.sort(key=lambda tried: tried.rank)  # stable: the sources as they are come first
     chosen = next(iter(accepted), None)
+    if chosen is not None and "gradient" not in chosen.lacking:
+        accepted = [tried for tried in accepted if not _reads_gradients_as_parameters(tried, chosen)]
     commands = list(dict.fromkeys(tried.proposal.command for tried in accepted))
     scan = None if asked is not None or len(paths) != 1 else _scan(paths[0], accepted)
     if scan is not None:
@@ -127,6 +129,13 @@ def diagnose(paths: Sequence[Storage], options: Mapping[str, Any]) -> Diagnosis:
         _nearest(paths, error) if error is not None else None,
         stop(),
     )
+
+
+def _reads_gradients_as_parameters(tried: Tried, chosen: Tried) -> bool:
+    """Return True if a proposal finds no gradients in a log, but more parameters than the chosen one."""
+    same = tried.proposal.parts[0].location == chosen.proposal.parts[0].location
+    counts = [len(one.rehearsal.content.arrays.get("parameter", ())) for one in (tried, chosen)]
+    return same and "gradient" in tried.lacking and counts[0] > counts[1]
 
 
 def _read_below(path: Storage, attempts: Attempts, stop: Deadline) -> list[ReadPart]:
