@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mpmath import mp, mpf
 
+from lazy import Lazy
 from logs import random_walk
 from natgrad.kernel import gram
 from natgrad.results import dataset
@@ -26,6 +27,8 @@ from natgrad.store import open_store
 from natgrad.theory import geometry
 from natgrad.theory.metric_operators import Metric
 from reference import assert_same_pair, exact, exact_dot, exact_vectors, pair_of, promised_relative_error
+
+figure = Lazy("matplotlib.figure")
 
 TENSORS = {"wide": (3, 4), "line": (), "plane": (2,)}
 
@@ -957,6 +960,24 @@ print(json.dumps([table, tree.attrs, {n: tree["tensor"][n].values.tolist() for n
         assert variables[group]["angle"][0] == [*leading, "descent", "window"]
         assert variables[group]["family_eigenvalue_max"][0] == [*leading, "descent", "window", "gamma"]
         assert variables[group]["status"][1]["flag_meanings"].split()[Status.OBTUSE] == "obtuse"
+
+
+@pytest.mark.parametrize("name", ["layer", "été \N{SNOWMAN}", "block." * 2000 + "weight"])
+def test_functions_of_xarray_work_on_the_names_of_stored_results(tmp_path, name):
+    table = table_of(walk())
+    names = [name, "line", "plane"]
+    renamed = [replace(tensor, name=to) for tensor, to in zip(table.layout.tensors, names, strict=True)]
+    table = replace(table, layout=Layout(tuple(renamed)))
+    dataset.write(dataset.label(table), open_store(tmp_path / "results.zarr"), {})
+    angle = xr.open_datatree(tmp_path / "results.zarr", engine="zarr")["tensor"]["angle"]
+    angle = angle.sel(descent="gradient", window=1)
+    assert angle["tensor"].astype(str).values.tolist() == names
+    largest = [names[index] for index in angle.values.argmax(axis=1)]
+    assert angle.idxmax("tensor").values.tolist() == largest
+    axes = figure.Figure().subplots()
+    angle.plot.imshow(x="step", y="tensor", ax=axes)
+    assert [label.get_text() for label in axes.get_yticklabels()] == names
+    assert xr.concat([angle, angle], "copy")["tensor"].dtype.kind == "U"
 
 
 def test_results_are_read_back_identically_and_replaced_completely(tmp_path):

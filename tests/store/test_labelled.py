@@ -37,7 +37,7 @@ def group(seed):
     arrays = {name: LabelledArray(dims, found, {"long_name": f"{name} é"}) for name, (dims, found) in of.items()}
     coordinates = {
         "step": LabelledArray(("step",), np.arange(5) * 10, {"units": "1"}),
-        "name": LabelledArray(("name",), np.array(["a", "", "snow \N{SNOWMAN}"], object)),
+        "name": LabelledArray(("name",), np.array(["a", "", "snow \N{SNOWMAN}"])),
         "attempt": LabelledArray(("step",), np.array([0, 0, 1, 1, 2])),
     }
     return LabelledGroup(arrays, coordinates, {"of": seed, "numbers": [1, 2.5]})
@@ -66,6 +66,8 @@ def written(tmp_path_factory):
     write(ours, GROUPS)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")
+        # The registry of Zarr's specification lists the type of texts; Zarr 3.1 does not know that.
+        warnings.filterwarnings("ignore", message="The data type .FixedLengthUTF32.* does not have a Zarr V3")
         as_tree(GROUPS).to_zarr(theirs, zarr_format=3, consolidated=True, mode="w")
     return ours, theirs
 

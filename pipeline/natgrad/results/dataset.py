@@ -239,12 +239,12 @@ def coordinates(table: UpdateTable, request: Request, leading: Sequence[str]) ->
     """Return the coordinates of a group with some leading dimensions, by step."""
     found: dict[str, Any] = {
         STEP: table.steps,
-        DESCENT: np.array(DESCENTS, dtype=object),
+        DESCENT: np.array(DESCENTS),
         WINDOW: np.array(request.windows, dtype=np.int64),
         GAMMA: np.array(request.gammas),
     }
     if TENSOR in leading:
-        found[TENSOR] = np.array(table.layout.names, dtype=object)
+        found[TENSOR] = np.array(table.layout.names, dtype=str)
     attempts = np.zeros(len(table.steps), np.int64) if table.attempts is None else table.attempts
     found[ATTEMPT] = (STEP, attempts)
     return found
@@ -404,7 +404,7 @@ def split_by_run(dataset: xr.Dataset, table: UpdateTable, variables: Sequence[Va
         if name in dataset.data_vars or name == ATTEMPT
     }
     labels = {name: coordinate for name, coordinate in dataset.coords.items() if name not in (STEP, ATTEMPT)}
-    names = np.array(table.runs, dtype=object)
+    names = np.array(table.runs, dtype=str)
     attempts = columns.pop(ATTEMPT)
     return xr.Dataset(columns, {**labels, RUN: names, STEP: steps, ATTEMPT: attempts})
 

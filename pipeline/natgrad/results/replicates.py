@@ -698,7 +698,7 @@ def _stacked(tensors: MeanUpdate, rate: Array) -> MeanUpdate:
 def _tree(groups: Mapping[str, Columns], changes: Array, layout: Layout, labels: dict[str, Any]) -> xr.DataTree:
     replicates = np.arange(changes.shape[1])
     complete = {"model": groups["model"] | _of_losses(changes), "tensor": groups["tensor"]}
-    names = {"model": {}, "tensor": {TENSOR: np.array(layout.names, dtype=object)}}
+    names = {"model": {}, "tensor": {TENSOR: np.array(layout.names, dtype=str)}}
     datasets = {}
     for group, columns in complete.items():
         variables = {name: columns[name] for name in REPLICATE_VARIABLES if name in columns}

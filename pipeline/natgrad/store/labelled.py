@@ -5,6 +5,13 @@ run, more than all computations. Here, Zarr writes the metadata of one array of 
 other arrays differ in shape, dimensions and attributes only. `tests/store/test_labelled.py` compares the documents
 and chunks with those that xarray writes.
 
+Texts have the data type ``fixed_length_utf32``, which the registry of the Zarr v3 specification defines
+(zarr-developers/zarr-extensions), as it defines ``string``. xarray decodes ``string`` to NumPy's StringDType, on
+which its ``idxmax``, ``astype(str)`` and plots fail, and ``bytes`` to objects, which it does not plot. It decodes
+``fixed_length_utf32`` to NumPy's ``str``. Texts are padded to the longest one of their array; compression removes
+the padding. Zarr 3.1 warns when it writes this type, because the registry lists it only since 2026, but not when
+it reads it. Here, the metadata are those of 32-bit integers, which are stored in the same way.
+
 An array is encoded completely (`contents_of`), or chunk by chunk by several processes (`encoded_chunk`).
 """
 
@@ -26,7 +33,6 @@ from numcodecs.zstd import Zstd
 from numpy.typing import NDArray
 
 from natgrad.storage import Storage
-from natgrad.store.group import encode_texts
 
 __all__ = [
     "CHUNK_BYTES",
@@ -42,9 +48,6 @@ CHUNK_BYTES = 4 << 20
 """Size of a chunk in bytes before compression, at most. Larger arrays are divided along their first dimension."""
 
 _DOCUMENT = "zarr.json"
-_TEXT, _TEXTS = "string", "OTU"
-"""Name of Zarr's data type of texts, and the kinds of NumPy's dtypes of texts."""
-
 _BLOCK_BYTES = 1 << 20
 """Bytes that Blosc shuffles together."""
 
@@ -57,7 +60,7 @@ class LabelledArray:
     ----------
     dimensions : tuple of str
     values : array
-        Numbers, bools or texts.
+        Numbers, bools or texts (dtype ``str``).
     attributes : mapping
     """
 
@@ -72,8 +75,9 @@ class LabelledArray:
 
     @property
     def kind(self) -> str:
-        """Name of Zarr's data type."""
-        return _TEXT if self.values.dtype.kind in _TEXTS else self.values.dtype.name
+        """Name of the dtype; its short form for texts, whose name NumPy does not parse."""
+        dtype = self.values.dtype
+        return dtype.str if dtype.kind == "U" else dtype.name
 
     @property
     def chunks(self) -> tuple[int, ...]:
@@ -161,7 +165,7 @@ def encoded_chunk(
     Parameters
     ----------
     values : array
-        Numbers of the chunk. At the end of the array they may be fewer than the chunk has.
+        Values of the chunk. At the end of the array they may be fewer than the chunk has.
     chunks, index : sequence of int
         Shape of a chunk, and its position among the chunks.
     shuffled : bool
@@ -199,9 +203,7 @@ def read_arrays(storage: Storage, path: str, names: Sequence[str]) -> dict[str, 
     for name in names:
         if name in group:
             array = group[name]
-            values = np.asarray(array[...])
-            values = values.astype(object) if values.dtype.kind in _TEXTS else values
-            found[name] = LabelledArray(array.metadata.dimension_names or (), values)
+            found[name] = LabelledArray(array.metadata.dimension_names or (), np.asarray(array[...]))
     return found
 
 
@@ -252,21 +254,29 @@ def _template(kind: str, shuffled: bool) -> dict[str, Any]:
         )
 
     store: dict[str, Any] = {}
+    dtype = np.dtype(kind)
+    stored = np.dtype(np.uint32) if dtype.kind == "U" else dtype
     array = zarr.create_array(
         zarr.storage.MemoryStore(store),
         shape=(),
-        dtype=kind,
-        fill_value="" if kind == _TEXT else _fill_value(np.dtype(kind)),
+        dtype=stored,
+        fill_value=_fill_value(stored),
         compressors=codec,
         config={"write_empty_chunks": False},
     )
     document: dict[str, Any] = array.metadata.to_dict()
     document.pop("dimension_names", None)
+    if dtype.kind == "U":
+        length = {"length_bytes": dtype.itemsize}
+        document |= {
+            "data_type": {"name": "fixed_length_utf32", "configuration": length},
+            "fill_value": _fill_value(dtype),
+        }
     return json.loads(json.dumps(document))  # type: ignore[no-any-return]  # JSON
 
 
 def _fill_value(dtype: np.dtype[Any]) -> Any:
-    return np.nan if dtype.kind == "f" else 0
+    return {"f": np.nan, "U": ""}.get(dtype.kind, 0)
 
 
 def _chunk_shape(values: NDArray[Any]) -> tuple[int, ...]:
@@ -281,9 +291,5 @@ def _chunks(values: NDArray[Any], shape: Sequence[int]) -> Iterator[tuple[str, b
     counts = [math.ceil(size / chunk) for size, chunk in zip(values.shape, shape, strict=True)]
     for index in itertools.product(*map(range, counts)):
         part = values[tuple(slice(at * chunk, (at + 1) * chunk) for at, chunk in zip(index, shape, strict=True))]
-        if values.dtype.kind in _TEXTS:
-            texts = np.full(shape, "", object)
-            texts[tuple(map(slice, part.shape))] = part
-            yield _key(index), Zstd(level=0).encode(encode_texts([str(text) for text in texts.ravel()]))
-        elif (found := encoded_chunk(part, shape, index)) is not None:
+        if (found := encoded_chunk(part, shape, index)) is not None:
             yield found
