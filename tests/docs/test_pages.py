@@ -2,12 +2,17 @@
 
 import importlib.util
 import re
+import tomllib
 
 import numpy as np
 import pytest
+import xarray
 
+import distributions
 import natgrad
+from logs import random_walk, write_log
 from pages import ROOT, blocks, run_page
+from processing import process
 
 DOCS = ROOT / "docs"
 TOP = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "data/README.md")
@@ -50,6 +55,18 @@ def test_the_guide_to_pytorch_records_and_processes_runs(tmp_path, monkeypatch):
     model = natgrad.open_results("runs/adamw")["model"].sel(descent="gradient", window=1)
     assert (model["effective"] == 1).all()
     assert natgrad.open_results("runs/weights")["model"]["step"].values.tolist() == [0, 10, 20]
+
+
+def test_the_guide_to_xarray_opens_draws_and_exports_a_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    process(write_log(tmp_path / "log", random_walk(22)), tmp_path / "runs" / "momentum", windows=(1, 20))
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
+    points = {"xarray.backends": declared["xarray.backends"]}
+    monkeypatch.syspath_prepend(distributions.install(tmp_path / "site", "natgrad-engine", {}, points))
+    xarray.backends.refresh_engines()
+    page = DOCS / "howto" / "xarray.md"
+    assert run_page(page) == blocks(page) == 7
+    assert len((tmp_path / "angles.csv").read_text().splitlines()) == 1 + 3 * 21
 
 
 def test_the_guide_to_recovery_processes_states_of_the_optimizer(tmp_path, monkeypatch):

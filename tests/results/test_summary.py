@@ -26,6 +26,20 @@ def test_an_overview_has_the_statuses_and_the_spread_of_the_gradient_of_the_mode
         assert found[name] == [values[0], median, values[-1]]
 
 
+def test_an_overview_has_the_course_of_the_angle_and_the_worst_tensors():
+    states, _ = quadratic_walk(71, noise=5.0)
+    tree = dataset.label(table_of(states), variables=[])
+    angle = tree["model"]["angle"].sel(descent="gradient", window=1).values
+    found = overview(tree)
+    assert len(found["angle_course"]) == 32
+    # The first of 32 parts of 70 updates have three updates.
+    assert found["angle_course"][0] == np.median(angle[:3])
+    assert found["angle_course"][-1] == np.median(angle[-2:])
+    ranked = [one["tensor"] for one in found["worst_tensors"]]
+    shares = tree["tensor"]["effective"].sel(descent="gradient", window=1).mean("step")
+    assert ranked == shares.sortby(shares)["tensor"].values.tolist()
+
+
 def test_an_overview_of_updates_without_decay_is_that_of_their_group():
     states, _ = quadratic_walk(8, noise=5.0)
     table = table_of(states)
@@ -50,5 +64,7 @@ def test_an_overview_without_finite_values_has_none():
         "status": {"no_learning_rate": 5},
         "angle": None,
         "condition_number": None,
+        "angle_course": None,
+        "worst_tensors": [],
         "gradient_source": "logged",
     }

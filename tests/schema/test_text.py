@@ -1,6 +1,7 @@
-"""Names from a log do not reach a terminal or a log line with their control characters."""
+"""Names from a log do not reach a terminal with their control characters; tables and lines show their values."""
 
 import logging
+import math
 import subprocess
 import sys
 from importlib import import_module
@@ -13,8 +14,10 @@ from safetensors.numpy import save_file
 
 from natgrad.schema.errors import InputError
 from natgrad.schema.logs import logger
-from natgrad.schema.summary import summary_lines
-from natgrad.schema.text import printable
+from natgrad.schema.summary import summary_html, summary_lines
+from natgrad.schema.text import printable, sparkline, table_lines
+
+LEVELS = " ▁▂▃▄▅▆▇█"
 
 HOSTILE = "w\x1b[2J\x1b]0;title\x07\nERROR done\r\u202etxt\u2028\x9b31m"
 
@@ -81,3 +84,39 @@ def test_a_tensor_name_with_control_characters_is_escaped_on_the_command_line(tm
         [*command[:3], "process", str(tmp_path), str(tmp_path / "out")], capture_output=True, text=True
     )
     assert all(line.isprintable() for line in (failed.stdout + failed.stderr).split("\n"))
+
+
+@given(st.lists(st.none() | st.floats(), max_size=20))
+def test_a_sparkline_has_one_character_per_value_in_the_order_of_the_values(values):
+    line = sparkline(values)
+    assert len(line) == len(values)
+    finite = [(value, LEVELS.index(c)) for value, c in zip(values, line, strict=True) if c != " "]
+    assert len(finite) == sum(value is not None and math.isfinite(value) for value in values)
+    ordered = sorted(finite)
+    assert [level for _, level in ordered] == sorted(level for _, level in ordered)
+    if ordered and ordered[0][0] / 2 < ordered[-1][0] / 2:
+        assert (ordered[0][1], ordered[-1][1]) == (1, 8)
+
+
+def test_a_list_of_mappings_is_a_table_in_text_and_html():
+    rows = [{"tensor": "layer\x1b[31m", "mean_angle": 1.23456}, {"tensor": "x" * 200 + "end", "mean_angle": 2.0}]
+    lines = "".join(summary_lines({"worst_tensors": rows, "steps": 3}))
+    assert lines.splitlines()[0] == "worst tensors"
+    assert "\x1b" not in lines
+    assert "mean angle" in lines
+    assert "1.235" in lines
+    assert max(map(len, lines.splitlines())) < 90
+    assert "end  2" in lines
+    page = summary_html("title", {"worst_tensors": [{"tensor": "<b>"}]})
+    assert "<th>tensor</th>" in page
+    assert "&lt;b&gt;" in page
+
+
+def test_a_course_is_a_line_with_its_range():
+    (line,) = summary_lines({"angle_course": [0.5, None, 1.0]})
+    assert line == "angle course  ▁ █  0.5 to 1 rad\n"
+    assert [*summary_lines({"angle_course": None})] == ["angle course  None\n"]
+
+
+def test_the_columns_of_a_table_are_aligned():
+    assert [*table_lines([["a", "b"], ["long", "1"]])] == ["a     b\n", "long  1\n"]

@@ -18,7 +18,7 @@ import typer
 from natgrad.app import options
 from natgrad.schema.errors import InputError
 from natgrad.schema.summary import Summary, summary_lines
-from natgrad.schema.text import printable
+from natgrad.schema.text import printable, table_lines
 
 if TYPE_CHECKING:
     from typing import TextIO
@@ -345,10 +345,8 @@ def status(root: options.StatusRoot, as_json: options.Json = False, quiet: optio
     table = [["run", "state", "last step", "lag", "processed", "last error"]]
     for row in runs:
         cells = [row[name] for name in ("run", "state", "last_step", "lag", "processed", "error")]
-        table.append(["-" if cell is None else printable(str(cell).partition("\n")[0]) for cell in cells])
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for line in table:
-        sys.stdout.write("  ".join(map(str.ljust, line, widths)).rstrip() + "\n")
+        table.append(["-" if cell is None else str(cell).partition("\n")[0] for cell in cells])
+    sys.stdout.write("".join(table_lines(table)))
 
 
 @app.command()

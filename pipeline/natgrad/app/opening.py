@@ -11,6 +11,7 @@ from typing import Any, TypeVar, Unpack
 
 import xarray as xr
 
+import natgrad.reporting.accessor  # noqa: F401  # registers the accessor
 from natgrad.app import options
 from natgrad.app.folder import RunFolder
 from natgrad.results import dataset
@@ -34,6 +35,8 @@ def open_results(out: options.Out, **values: Unpack[options.VersionOptions]) -> 
     -------
     xarray.DataTree
         Groups ``/model`` and ``/tensor``, and ``/replicates`` if the log has replicates of a stochastic rule.
+        Values are read when they are used. Its accessor ``natgrad`` ranks tensors, draws and exports, see
+        `natgrad.reporting.accessor.DataTreeAccessor`.
 
     Raises
     ------

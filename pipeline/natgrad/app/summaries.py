@@ -57,6 +57,11 @@ class AnalysisSummary(Summary):
         states. The JSON form omits it for others.
     angle, condition_number, update_to_weight : list of float, optional
         Minimum, median and maximum over the updates of the model, with the gradient itself as the estimate.
+    angle_course : list of float, optional
+        Median angle of the model in consecutive parts of the run.
+    worst_tensors : list of mapping
+        Tensors with the smallest share of effective updates and the largest mean angle, see
+        `natgrad.results.ranking.RankedTensor`.
     angle_without_decay : list of float, optional
         The same for the updates without weight decay. The JSON form omits it if the results do not have them.
     """
@@ -74,6 +79,8 @@ class AnalysisSummary(Summary):
     angle: list[float] | None
     condition_number: list[float] | None
     update_to_weight: list[float] | None
+    angle_course: list[float | None] | None
+    worst_tensors: list[Mapping[str, Any]]
     gradient_source: str
     angle_without_decay: list[float] | None = None
     gradient_recovery: Mapping[str, Any] | None = None

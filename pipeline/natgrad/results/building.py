@@ -8,7 +8,7 @@ if everything that determines them is the same. At the end, the staging folder r
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,6 +34,7 @@ from natgrad.results.dataset import WITHOUT_DECAY, WITHOUT_DECAY_DESCRIPTION, Re
 from natgrad.results.inputs import UpdateTable
 from natgrad.results.objective import loss_precision
 from natgrad.results.pairs import Aggregation
+from natgrad.results.ranking import BLOCK_BYTES, rank
 from natgrad.results.stored import COMPUTE_AGAIN, exist, publish, put
 from natgrad.results.summary import NEEDED, overview
 from natgrad.results.updates import UpdateVariable
@@ -45,7 +46,7 @@ from natgrad.storage import Storage
 from natgrad.store import Ledger
 from natgrad.store.checked import recorded_files
 from natgrad.store.journal import Journal
-from natgrad.store.labelled import ChunkedArray, LabelledGroup, contents_of, read_arrays
+from natgrad.store.labelled import ChunkedArray, LabelledGroup, contents_of, read_arrays, read_parts
 
 __all__ = ["Building", "build"]
 
@@ -141,7 +142,8 @@ def build(
             of_tree = dataset.labelled_groups(tree)
             groups |= {f"{path}/{name}".strip("/"): group for name, group in of_tree.items()}
         files = put(staging, contents_of(groups))
-        summary = overview(_models(staging, _paths(table), attributes))
+        ranked = rank(table.layout.names, _of_tensors(staging, len(table.layout.names)))
+        summary = overview(_models(staging, _paths(table), attributes), ranked)
         files |= {name: checksum for record in records for name, checksum in record["files"].items()}
         records_of_blocks = [f"{BLOCKS}/{record_name(block)}.json" for block in blocks]
         files |= {name: crc32c((staging / name).get()) for name in records_of_blocks}
@@ -165,6 +167,13 @@ def _models(storage: Storage, paths: Sequence[str], attributes: Mapping[str, Any
     tree = xr.DataTree.from_dict(groups)
     tree.attrs = dict(attributes)
     return tree
+
+
+def _of_tensors(storage: Storage, tensors: int) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
+    """Read the status and the angle of tensors from stored results, for the gradient and window 1."""
+    first = {DESCENT: 0, WINDOW: 0}
+    for status, angle in read_parts(storage, "tensor", ("status", "angle"), first, STEP, BLOCK_BYTES):
+        yield status.reshape(-1, tensors), angle.reshape(-1, tensors)
 
 
 # Reuse -------------------------------------------------------------------------------------------------------

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from html import escape
 from typing import Any
 
-from natgrad.schema.text import printable
+from natgrad.schema.text import printable, sparkline, table_lines
 
 __all__ = ["Summary", "summary_html", "summary_lines"]
 
 _LONGEST_INLINE = 60
 """Maximum length of an inline mapping entry, in characters. Longer entries get separate lines."""
+
+_LONGEST_CELL = 60
+"""Maximum length of a name in a table. The middle of a longer name is omitted."""
 
 
 class Summary:
@@ -44,13 +47,18 @@ def summary_html(title: str, values: Mapping[str, Any]) -> str:
 
 
 def _cell(name: str, value: Any) -> str:
+    if _is_table(value):
+        header, *rows = _table_cells(value)
+        lines = ["".join(f"<th>{escape(cell)}</th>" for cell in header)]
+        lines += ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
+        return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
     text = escape(_inline(name, value))
     # A notebook resolves a relative path against its own folder, as Python does.
     return f"<a href='{text}' target='_blank'>{text}</a>" if name == "report" else text
 
 
 def summary_lines(values: Mapping[str, Any], label: Callable[[str], str] | None = None) -> Iterator[str]:
-    """Yield one aligned line per value. Mappings with long entries get one line per entry.
+    """Yield one aligned line per value. Mappings with long entries get one line per entry, and lists a table.
 
     Parameters
     ----------
@@ -71,6 +79,9 @@ def summary_lines(values: Mapping[str, Any], label: Callable[[str], str] | None 
             yield f"{printable(label(name))}\n"
             # The keys of a mapping are names from a log or from results. They are shown unchanged.
             yield from (f"  {line}" for line in summary_lines(value, str))
+        elif _is_table(value):
+            yield f"{printable(label(name))}\n"
+            yield from (f"  {line}" for line in table_lines(_table_cells(value)))
         else:
             yield f"{printable(label(name)):<{width}}  {printable(_inline(name, value))}\n"
 
@@ -79,7 +90,25 @@ def _label(name: str) -> str:
     return name.replace("_", " ")
 
 
+def _is_table(value: Any) -> bool:
+    return isinstance(value, list | tuple) and bool(value) and all(isinstance(item, Mapping) for item in value)
+
+
+def _table_cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Return the cells of a table with a header, from rows with equal keys."""
+
+    def cell(value: Any) -> str:
+        text = f"{value:.4g}" if isinstance(value, float) else str(value)
+        half = _LONGEST_CELL // 2
+        return text if len(text) <= _LONGEST_CELL else f"{text[:half]}…{text[-half:]}"
+
+    return [[_label(name) for name in rows[0]], *([cell(value) for value in row.values()] for row in rows)]
+
+
 def _inline(name: str, value: Any) -> str:
+    if name.endswith("_course") and value:
+        finite = [item for item in value if item is not None]
+        return f"{sparkline(value)}  {min(finite):.4g} to {max(finite):.4g} rad"
     if isinstance(value, list | tuple) and len(value) == 3 and all(isinstance(item, float) for item in value):
         unit = " rad" if name.startswith("angle") else ""
         return "min {:.6g}, median {:.6g}, max {:.6g}".format(*value) + unit

@@ -1,4 +1,4 @@
-"""Escape control characters in texts that are shown to users.
+"""Escape control characters in texts that are shown to users, and draw tables and lines with characters.
 
 The names of tensors, files and runs come from a log. Printed unchanged, an escape sequence in a name could change
 the contents of a terminal, a line break could imitate another line, and a mark for the direction of text could
@@ -8,7 +8,12 @@ reorder a line. The messages of `natgrad.schema.errors`, the summaries of `natgr
 
 from __future__ import annotations
 
-__all__ = ["printable"]
+import math
+from collections.abc import Iterator, Sequence
+
+__all__ = ["printable", "sparkline", "table_lines"]
+
+_LEVELS = "▁▂▃▄▅▆▇█"
 
 
 def printable(text: str) -> str:
@@ -22,3 +27,48 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def table_lines(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Yield the lines of a table with aligned columns.
+
+    Parameters
+    ----------
+    rows : sequence of sequence of str
+        Cells; the first row is the header.
+
+    Examples
+    --------
+    >>> print(*table_lines([["tensor", "updates"], ["weight", "12"]]), sep="", end="")
+    tensor  updates
+    weight  12
+    """
+    cells = [[printable(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for row in cells:
+        yield "  ".join(map(str.ljust, row, widths)).rstrip() + "\n"
+
+
+def sparkline(values: Sequence[float | None]) -> str:
+    """Return a line of blocks whose heights show finite values, from the smallest to the largest.
+
+    Parameters
+    ----------
+    values : sequence of float
+        A missing or not finite value is a space.
+
+    Examples
+    --------
+    >>> sparkline([0.0, 1.0, None, 2.0])
+    '▁▅ █'
+    """
+    finite = [value for value in values if value is not None and math.isfinite(value)]
+    low, high = min(finite, default=0.0), max(finite, default=0.0)
+    # Divided before they are subtracted, because the difference may overflow.
+    scale = (high / 2 - low / 2) or 1.0
+    return "".join(
+        _LEVELS[min(int((value / 2 - low / 2) / scale * len(_LEVELS)), len(_LEVELS) - 1)]
+        if value is not None and math.isfinite(value)
+        else " "
+        for value in values
+    )

@@ -42,6 +42,7 @@ __all__ = [
     "contents_of",
     "encoded_chunk",
     "read_arrays",
+    "read_parts",
 ]
 
 CHUNK_BYTES = 4 << 20
@@ -205,6 +206,40 @@ def read_arrays(storage: Storage, path: str, names: Sequence[str]) -> dict[str, 
             array = group[name]
             found[name] = LabelledArray(array.metadata.dimension_names or (), np.asarray(array[...]))
     return found
+
+
+def read_parts(
+    storage: Storage, path: str, names: Sequence[str], at: Mapping[str, int], along: str, most_bytes: int
+) -> Iterator[list[NDArray[Any]]]:
+    """Yield the values of some arrays of a group, for consecutive parts along one dimension.
+
+    Parameters
+    ----------
+    storage : Storage
+        Location of the hierarchy.
+    path : str
+        Path of the group.
+    names : sequence of str
+        Arrays with the same dimensions.
+    at : mapping of str to int
+        Index along other dimensions, which the values do not have.
+    along : str
+        Dimension of the parts.
+    most_bytes : int
+        Size of the values of an array in a part, at most, unless a single index has more.
+    """
+    import zarr
+
+    group: Any = zarr.open_group(storage.zarr_store(), mode="r")[path]
+    arrays = [group[name] for name in names]
+    dimensions, shape = arrays[0].metadata.dimension_names, arrays[0].shape
+    sizes = {name: size for name, size in zip(dimensions, shape, strict=True) if name not in at}
+    row = max(array.dtype.itemsize for array in arrays) * math.prod(sizes.values()) // max(sizes[along], 1)
+    length = max(most_bytes // max(row, 1), 1)
+    for start in range(0, sizes[along], length):
+        part = {**at, along: slice(start, start + length)}
+        index = tuple(part.get(name, slice(None)) for name in dimensions)
+        yield [np.asarray(array[index]) for array in arrays]
 
 
 def _key(index: Sequence[int]) -> str:
