@@ -123,9 +123,9 @@ class DatasetAccessor:
         variables : sequence of str, optional
             Columns. Default: all variables with steps, except those of the metric family.
         descent : str, optional
-            Estimate of the negative gradient (default ``gradient``); None for all, each in rows of its own.
+            Estimate of the negative gradient (default ``gradient``); None for all, each in separate rows.
         window : int, optional
-            Number of updates in a window (default 1); None for all, each in rows of its own.
+            Number of updates in a window (default 1); None for all, each in separate rows.
 
         Raises
         ------

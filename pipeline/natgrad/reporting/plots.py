@@ -166,7 +166,7 @@ def binned(variable: xr.DataArray, columns: int = COLUMNS) -> xr.Dataset:
     variable : DataArray
         Has the dimension ``step``.
     columns : int
-        Largest number of bins. Up to this number of steps, each step has its own bin.
+        Maximum number of bins. Up to this number of steps, each step has its own bin.
 
     Returns
     -------

@@ -52,9 +52,9 @@ def frames(
         Variables of the columns. Default: all variables with steps, but not those of the metric family, which have
         the dimension gamma.
     descent : str, optional
-        Estimate of the negative gradient; None for all of them, each in rows of its own.
+        Estimate of the negative gradient; None for all of them, each in separate rows.
     window : int, optional
-        Number of updates in a window; None for all windows, each in rows of its own.
+        Number of updates in a window; None for all windows, each in separate rows.
 
     Yields
     ------
