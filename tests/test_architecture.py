@@ -51,7 +51,8 @@ HOMES = {
     "prefect": {"natgrad_flows"},
     "numba": {"kernel"},
     "llvmlite": {"kernel"},
-    "contourpy": {"reporting"},
+    "bokeh": set(),  # its JavaScript is read as files
+    "matplotlib": {"reporting"},
     "numcodecs": {"store"},
     "jinja2": {"reporting"},
     "scipy": {"theory", "experiments"},

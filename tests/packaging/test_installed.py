@@ -33,7 +33,10 @@ def test_the_demonstration_runs_after_pip_install_and_explains_how_to_get_the_re
 
 def test_the_wheel_contains_files_that_are_not_modules(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert {"natgrad/py.typed", "natgrad_flows/py.typed", "natgrad/reporting/templates/report.html"} <= names
+    page = {
+        f"natgrad/reporting/{name}" for name in ("templates/report.html", "assets/report.css", "assets/report.js")
+    }
+    assert {"natgrad/py.typed", "natgrad_flows/py.typed"} | page <= names
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {
         "natgrad",
         "natgrad_flows",

@@ -1,7 +1,8 @@
 """Compare the report page with the results, and open it in a real browser."""
 
-import base64
 import html.parser
+import io
+import json
 import re
 import shutil
 from pathlib import Path
@@ -9,15 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xarray as xr
-from hypothesis import given
-from hypothesis import strategies as st
+from PIL import Image
 
 from lazy import Lazy
 from logs import random_walk, write_log
 from natgrad.app import run
-from natgrad.reporting import figures
 from natgrad.reporting import page as report
-from natgrad.reporting.figures import canvas, paper
+from natgrad.reporting.run_results import number
 from natgrad.schema.errors import InputError
 from natgrad.schema.variables import Status
 
@@ -25,12 +24,6 @@ sync_api = Lazy("playwright.sync_api")
 
 NAME = "<script>alert('run')</script> & $x_1$ \N{SNOWMAN} \N{CJK UNIFIED IDEOGRAPH-5B66}"
 WINDOW = 4
-# Eq. (9) where |y| = |g|, the smallest in the form that does not cancel.
-EIGENVALUES = (
-    lambda psi: (1 + np.sin(psi)) / np.cos(psi),
-    lambda psi: 1 / np.cos(psi),
-    lambda psi: np.cos(psi) / (1 + np.sin(psi)),
-)
 METRICS = ("angle", "angle_uncertainty", "condition_number")
 
 
@@ -107,19 +100,20 @@ def with_steps(tree, rows):
 
 
 class Page(html.parser.HTMLParser):
-    """Elements of a page: images, texts of cells by the row's id, numbers by the row's id, tags, and all text."""
+    """Elements of a page: texts and numbers of cells by the row's id, tags, addresses, data, and all other text."""
 
     def __init__(self, path):
         super().__init__()
-        self.images, self.cells, self.numbers, self.tags, self.text = [], {}, {}, [], ""
-        self._row, self._in_cell = None, False
+        self.cells, self.numbers, self.tags, self.text, self.addresses = {}, {}, [], "", []
+        self.data = None
+        self._row, self._in_cell, self._script = None, False, None
         self.feed(path.read_text("utf-8"))
 
     def handle_starttag(self, tag, attributes):
         attributes = dict(attributes)
         self.tags.append(tag)
-        if tag == "img":
-            self.images.append(attributes)
+        self.addresses += [attributes[name] for name in ("src", "href", "action") if name in attributes]
+        self._script = attributes.get("id", tag) if tag in ("script", "style") else None
         if tag == "tr":
             self._row = attributes.get("id")
         if tag in ("td", "th"):
@@ -129,37 +123,46 @@ class Page(html.parser.HTMLParser):
             self.numbers.setdefault(self._row, []).append(float(attributes["value"]))
 
     def handle_endtag(self, tag):
+        self._script = None
         self._in_cell = self._in_cell and tag not in ("td", "th")
 
     def handle_data(self, data):
+        if self._script == "data":
+            self.data = json.loads(data)
+        if self._script is not None:
+            return
         self.text += data
         if self._in_cell:
             self.cells[self._row][-1] += data
 
 
-def graphics(path):
-    """Return the vector graphics of a page as text."""
-    start = "data:image/svg+xml;base64,"
-    images = Page(path).images
-    assert all(image["src"].startswith(start) for image in images)
-    return [base64.b64decode(image["src"].removeprefix(start)).decode() for image in images]
-
-
 # What it says ------------------------------------------------------------------------------------------------
 
 
-def test_one_run_has_figure_3_and_its_own_figures_each_with_an_alternative_text(page):
-    alts = [image["alt"] for image in Page(page).images]
-    begins = ["Largest", "Eigenvalues", "Loss", "Angle", "Condition number", "Angle", "Condition number"]
-    assert len(alts) == len(begins)
-    assert all(alt.startswith(begin) and NAME in alt for alt, begin in zip(alts, begins, strict=True))
-    assert "3 tensors: " in alts[-1]
+def test_the_page_starts_with_a_sentence_about_the_run(page, tree):
+    text = " ".join(Page(page).text.split())
+    angle = tree["model"]["angle"].sel(descent="gradient", window=1)
+    status = tree["model"]["status"].sel(descent="gradient", window=1)
+    effective = f"{100 * float((status == Status.EFFECTIVE).mean()):.1f}".removesuffix(".0")
+    share = f"{effective} % of the 59 updates of 3 tensors in {NAME} descend the loss"
+    median = f"at a median angle of {float(angle.median()):.4g} rad"
+    assert share in text, text[:400]
+    assert median in text, text[:400]
+    lead = text.index(share)
+    objective = text.index("; objective: ")
+    assert lead < text.index(median) < text.index("the worst tensors are") < objective < text.index("Overview")
+    warnings = page.read_text("utf-8").partition('<ul class="warnings">')[0].count("<li>")
+    assert f"gradients: logged; {warnings} warnings." in text[objective : text.index("Overview")]
+    effective = (tree["tensor"]["status"].sel(descent="gradient", window=1) == Status.EFFECTIVE).mean("step")
+    worst = str(effective["tensor"].values[int(effective.values.argmin())])
+    assert f"the worst tensors are {worst} (" in text or f" and {worst} (" in text
 
 
-def test_several_runs_share_panel_a_and_have_a_pair_of_panels_each(pages):
-    alts = [image["alt"] for image in Page(pages).images]
-    assert [re.match(r"\w+", alt)[0] for alt in alts[:7]] == ["Largest", *3 * ["Eigenvalues", "Loss"]]
-    assert all(name in alts[0] for name in (NAME, "long_name_without_a_space_", "lost"))
+def test_a_page_of_several_runs_compares_them_and_links_to_each(pages):
+    seen = Page(pages)
+    assert "3 runs: 0 % of the updates of lost are effective" in seen.text
+    assert [address for address in seen.addresses if address.startswith("#")] == ["#run-1", "#run-2", "#run-3"]
+    assert seen.data["compared"]["rows"] == [run["name"] for run in seen.data["runs"]]
 
 
 def test_counts_of_statuses_agree_with_the_results_and_each_is_explained(page, tree):
@@ -247,16 +250,28 @@ def test_provenance_is_at_the_bottom(page, tree):
 
 
 def test_names_are_text_and_never_markup(page):
-    assert "script" not in Page(page).tags
+    text = page.read_text("utf-8")
     assert NAME in Page(page).text
+    assert "<script>alert" not in text
+    assert Page(page).data["runs"][0]["name"] == NAME
 
 
-def test_only_tensors_with_the_largest_gradient_are_shown_and_the_others_are_counted(wide_tree, tmp_path):
+def test_a_name_cannot_end_the_data(tree, tmp_path):
+    name = "</script><script>alert(1)</script>"
+    seen = Page(report.write_report({name: tree}, tmp_path / "page.html"))
+    assert seen.data["runs"][0]["name"] == name
+    assert seen.tags.count("script") == Page(report.write_report({"x": tree}, tmp_path / "x.html")).tags.count(
+        "script"
+    )
+
+
+def test_the_table_has_all_tensors(wide_tree, tmp_path):
     seen = Page(report.write_report({"wide": wide_tree}, tmp_path / "page.html"))
-    largest = [f"encoder.blocks.{index}.attention.weight" for index in range(39, 39 - figures.SHOWN_TENSORS, -1)]
-    assert [name for name in re.findall(r"encoder\S+weight", seen.text)] == largest
-    assert seen.images[-1]["alt"].endswith(": " + ", ".join(largest) + ".")
-    assert f"{40 - figures.SHOWN_TENSORS} more are not shown" in " ".join(seen.text.split())
+    (kind,) = seen.data["runs"][0]["kinds"]
+    assert kind["rows"] == [f"encoder.blocks.{index}.attention.weight" for index in range(40)]
+    medians = wide_tree["tensor"]["update_to_weight"].median("step").values
+    # The summary has six digits, and the median of five values is one of them.
+    assert kind["summary"]["update_to_weight"] == pytest.approx(medians, rel=1e-5)
 
 
 def test_the_same_results_give_the_same_bytes(tree, page, tmp_path):
@@ -281,12 +296,7 @@ def test_a_page_that_cannot_be_written_leaves_nothing_behind(tmp_path):
 
 
 def test_nothing_points_outside_the_page(pages):
-    text = pages.read_text("utf-8")
-    # Names of markup languages are addresses that nobody visits.
-    drawn = "".join(re.sub(r' xmlns(:\w+)?="[^"]*"', "", graphic) for graphic in graphics(pages))
-    outside = re.sub(r'src="data:image/svg\+xml;base64,[^"]*"', "", text) + drawn
-    assert "http" not in outside.lower()
-    assert not re.search(r"""(url\(|href=["']?|src=["']?)(?!["']?(#|data:))""", outside)
+    assert all(address.startswith(("#", "data:")) for address in Page(pages).addresses)
 
 
 def test_the_page_shows_the_smallest_windows_and_the_condition_number_of_the_optimizer(tree, tmp_path):
@@ -302,58 +312,6 @@ def test_the_page_shows_the_smallest_windows_and_the_condition_number_of_the_opt
         found = model[name].sel(descent="gradient") if "descent" in model[name].dims else model[name]
         smallest = cells[cells.index(text) + 1]
         assert smallest == "none" if np.isnan(found) else smallest.startswith(f"{int(found)} update")
-
-
-# What is drawn -----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def drawn(tree):
-    """Return a function from the name of a panel to its contents."""
-    one = figures.RunResults.of("run", tree)
-
-    def contents(panel):
-        picture = figures.eigenvalue_curves([one]) if panel == "A" else getattr(figures, panel)(one, "B")
-        return picture.figure.panels[0]
-
-    return contents
-
-
-def test_measured_points_lie_on_the_curves_of_equation_9(drawn, tree):
-    lines = drawn("A").lines
-    points = [line for line in lines if line.marker]
-    curves = [line for line in lines if not line.marker]
-    assert (len(points), len(curves)) == (3, 3)
-    for group in (points, curves):
-        for line, formula in zip(group, EIGENVALUES, strict=True):
-            angle, value = line.x, line.y
-            # Beyond, cosines from angles lose digits to pi/2 itself and prove nothing.
-            near = np.cos(angle) >= 1e-3
-            assert near.sum() > 5
-            # Promised are 1e-10 of an eigenvalue there and 1e-13 of an angle, which moves none by more than 1/cos.
-            np.testing.assert_allclose(value[near], formula(angle[near]), rtol=1e-10 + 1e-13 / 1e-3, atol=0)
-    measured = tree["model"]["angle"].sel(descent="gradient", window=1)
-    measured = measured.values[tree["model"]["status"].sel(descent="gradient", window=1).values == Status.EFFECTIVE]
-    assert set(points[0].x) <= set(measured)
-
-
-def test_the_spectrum_and_the_loss_are_drawn_from_the_results(drawn, tree):
-    model = tree["model"].to_dataset()
-    at = {"descent": "gradient", "window": 1}
-    spectrum = [line for line in drawn("spectrum").lines if not line.marker]
-    loss = drawn("loss_curve").lines
-    expected = [model[f"eigenvalue_{name}"].sel(at) for name in ("max", "mid", "min")]
-    expected += [model["loss"], model["loss_average"].sel(window=WINDOW)]
-    for line, variable in zip([*spectrum, *loss], expected, strict=True):
-        assert np.array_equal(line.x, variable["step"])
-        assert np.array_equal(line.y, variable, equal_nan=True)
-
-
-def test_axes_have_labels_and_the_log_scales_of_the_paper(drawn):
-    for panel in ("A", "spectrum", "loss_curve"):
-        assert drawn(panel).y.log
-        assert drawn(panel).x.label
-        assert drawn(panel).y.label
 
 
 # Where there is little to show -------------------------------------------------------------------------------
@@ -376,14 +334,14 @@ def test_results_without_a_step_give_a_page_that_states_this(tree, tmp_path):
 def test_no_run_gives_a_page_that_states_this(tmp_path):
     seen = Page(report.write_report({}, tmp_path / "page.html"))
     assert "There are no runs to report." in seen.text
-    assert seen.images == []
+    assert "script" not in seen.tags
 
 
 @pytest.mark.parametrize("rows", [1, 2])
 def test_a_run_of_one_or_two_updates_is_drawn(tree, tmp_path, rows):
     seen = Page(report.write_report({"short": with_steps(tree, rows)}, tmp_path / "page.html"))
     assert int(seen.cells["run-1-effective"][1]) == rows
-    assert len(seen.images) == 7
+    assert seen.data["runs"][0]["steps"]["shape"] == [rows]
 
 
 def test_a_tree_without_results_is_an_error_with_the_name_of_the_run(tree, tmp_path):
@@ -392,52 +350,6 @@ def test_a_tree_without_results_is_an_error_with_the_name_of_the_run(tree, tmp_p
     with pytest.raises(InputError, match=r"(?s)angle.*where: run first.*natgrad analyze"):
         report.write_report({"first": broken}, tmp_path / "page.html")
     assert list(tmp_path.iterdir()) == []
-
-
-# Long runs ---------------------------------------------------------------------------------------------------
-
-
-def test_a_page_of_a_hundred_thousand_steps_is_hardly_larger_than_one_of_a_thousand(tree, tmp_path):
-    sizes = [
-        report.write_report({"long": with_steps(tree, rows)}, tmp_path / f"{rows}.html").stat().st_size
-        for rows in (1000, 100_000)
-    ]
-    # Both are beyond two points a column, so both draw as many; numbers of the steps are longer in one.
-    assert sizes[1] < 1.5 * sizes[0]
-
-
-@given(st.lists(st.floats(-1e6, 1e6) | st.just(np.nan), min_size=1, max_size=300).map(np.array), st.integers(1, 40))
-def test_thinning_keeps_order_and_the_extremes_of_every_column(values, columns):
-    x, y = canvas.thinned(np.arange(len(values), dtype=float), values, columns)
-    rows = x.astype(int)
-    assert (np.diff(rows) > 0).all()
-    assert np.array_equal(values[rows], y, equal_nan=True)
-    assert len(x) <= 2 * columns
-    starts = canvas.column_starts(len(values), columns)
-    for start, stop in zip(starts, [*starts[1:], len(values)], strict=True):
-        part, kept = values[start:stop], y[(rows >= start) & (rows < stop)]
-        assert len(kept) >= 1
-        if np.isfinite(part).any():
-            assert (np.nanmin(kept), np.nanmax(kept)) == (np.nanmin(part), np.nanmax(part))
-
-
-@given(
-    st.lists(st.floats(0, np.pi / 2), min_size=1, max_size=200).map(np.array), st.floats(0, 1), st.integers(1, 48)
-)
-def test_points_of_panel_a_are_few_and_include_the_smallest_and_the_largest_angle(angle, shift, columns):
-    chosen = angle[paper.spread_points(angle, shift, columns)]
-    assert chosen.min() == angle.min()
-    assert chosen.max() == angle.max()
-    # A shifted grid touches at most two more columns, and the two ends may come on top.
-    assert len(chosen) <= columns + 4
-
-
-@given(st.floats(1e-300, 1e300))
-def test_numbers_read_back_to_four_digits(value):
-    digits = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
-    text = figures.number(value).translate(digits).replace("×10", "e")
-    # Four significant digits are off by half a unit of the fourth at most, and reading is one rounding more.
-    assert abs(float(text) - value) <= value * (0.5e-3 + 4 * np.finfo(float).eps)
 
 
 # In a browser ------------------------------------------------------------------------------------------------
@@ -459,55 +371,298 @@ def browser():
         browser.close()
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [390, 1280])
-def test_a_browser_shows_every_figure_without_requests_or_overflow(browser, pages, width, scheme):
-    context = browser.new_context(viewport={"width": width, "height": 844}, color_scheme=scheme)
-    view = context.new_page()
-    complaints, requests = [], []
-    view.on("console", lambda message: complaints.append(message.text))
-    view.on("pageerror", lambda error: complaints.append(str(error)))
-    view.on("request", lambda request: requests.append(request.url))
-    view.goto(pages.as_uri())
-    images = view.evaluate(
-        "Promise.all([...document.images].map(i => i.decode().then(() => [i.naturalWidth, i.naturalHeight,"
-        " i.getBoundingClientRect().width, i.getBoundingClientRect().right])))"
-    )
-    overflow = view.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
-    titles = view.evaluate("document.title")
-    context.close()
-    assert complaints == []
-    assert [url for url in requests if not url.startswith("data:")] == [pages.as_uri()]
-    assert len(images) == len(Page(pages).images)
-    assert all(min(image[:3]) > 0 and image[3] <= width for image in images)
-    assert overflow == 0
-    assert titles == "3 runs: natural gradient report"
+class View:
+    """A page in a browser, with what it complained about and what it requested."""
 
+    def __init__(self, browser, address, width=1280, scheme="light"):
+        self.context = browser.new_context(viewport={"width": width, "height": 844}, color_scheme=scheme)
+        self.page = self.context.new_page()
+        self.complaints, self.requests = [], []
+        self.page.on("console", self._note)
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.goto(address)
+        self.page.wait_for_selector("html[data-ready]")
 
-def test_figures_adapt_to_light_and_dark_screens(browser, page):
-    shots = {}
-    for scheme in ("light", "dark"):
-        context = browser.new_context(viewport={"width": 390, "height": 844}, color_scheme=scheme)
-        view = context.new_page()
-        view.goto(page.as_uri())
-        # Mean brightness of the drawn pixels of the first figure: dark lines on light, light lines on dark.
-        shots[scheme] = view.evaluate(
-            """async () => {
-                const image = document.images[0]
-                await image.decode()
-                const canvas = document.createElement('canvas')
-                canvas.width = image.naturalWidth; canvas.height = image.naturalHeight
-                const pen = canvas.getContext('2d')
-                pen.drawImage(image, 0, 0)
-                const pixels = pen.getImageData(0, 0, canvas.width, canvas.height).data
-                let sum = 0, weight = 0
-                for (let i = 0; i < pixels.length; i += 4) {
-                    sum += pixels[i + 3] * (pixels[i] + pixels[i + 1] + pixels[i + 2]) / 3
-                    weight += pixels[i + 3]
-                }
-                return [sum / weight, weight]
-            }"""
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.context.close()
+
+    def _note(self, message):
+        if message.type in ("error", "warning"):
+            self.complaints.append(message.text)
+
+    def __call__(self, expression):
+        """Evaluate an expression after the figures have been drawn."""
+        self.page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+        return self.page.evaluate(expression)
+
+    def curve(self, figure, key='"model"'):
+        """Return the steps and the values of a curve."""
+        return self(
+            f"(({{x, y}}) => [[...x], [...y].map(value => Number.isNaN(value) ? null : value)])"
+            f"(report.figures.{figure}.curves.get({key}).source.data)"
         )
-        context.close()
-    assert min(weight for _, weight in shots.values()) > 0
-    assert shots["light"][0] < shots["dark"][0]
+
+    def text(self, selector):
+        return self.page.locator(selector).inner_text()
+
+
+@pytest.fixture
+def view(browser, page):
+    with View(browser, page.as_uri()) as view:
+        yield view
+        assert view.complaints == []
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(400, "light"), (400, "dark"), (1280, "light"), (1280, "dark")])
+def test_a_browser_shows_every_figure_without_requests_or_overflow(browser, pages, width, scheme):
+    with View(browser, pages.as_uri(), width, scheme) as view:
+        drawn = view(
+            "report.placed.map(({target}) => target.getBoundingClientRect()).map(box => [box.width, box.right])"
+        )
+        assert len(drawn) == 8
+        assert all(0 < wide <= right <= width for wide, right in drawn)
+        assert view("document.documentElement.scrollWidth - document.documentElement.clientWidth") == 0
+        assert view("document.title") == "3 runs: natural gradient report"
+        assert view.page.locator("#plots").screenshot()
+        assert view.complaints == []
+        assert [url for url in view.requests if not url.startswith("data:")] == [pages.as_uri()]
+
+
+def brightness(view):
+    """Return the mean brightness of the first figure on the screen, from 0 to 255."""
+    view("0")
+    shot = view.page.locator(".plot").first.screenshot()
+    return float(np.asarray(Image.open(io.BytesIO(shot)).convert("L")).mean())
+
+
+def test_figures_adapt_to_the_system_and_to_the_chosen_theme(browser, page):
+    with View(browser, page.as_uri(), scheme="dark") as view:
+        dark = brightness(view)
+        view.page.select_option("#theme", "light")
+        light = brightness(view)
+        view.page.select_option("#theme", "dark")
+        assert brightness(view) < 100
+        assert view.page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(20, 23, 26)"
+    # Most of a figure is its background.
+    assert dark < 100 < 155 < light
+
+
+def test_curves_are_the_values_of_the_results(view, tree):
+    model = tree["model"].to_dataset().sel(descent="gradient", window=1)
+    for figure, tolerance in (("angle", 2e-7), ("condition_number", 2e-6), ("update_to_weight", 2e-6), ("loss", 0)):
+        # Angles have 24 bits. A logarithm with 24 bits has an error of at most 2^-24 log(value), and no value is
+        # beyond e^20. Losses are exact.
+        steps, values = view.curve(figure)
+        assert steps == model["step"].values.tolist()
+        expected = model[figure].values
+        if figure == "update_to_weight":  # a logarithmic axis has no 0
+            expected = np.where(expected > 0, expected, np.nan)
+        found = np.array([np.nan if value is None else value for value in values])
+        np.testing.assert_allclose(found, expected, rtol=tolerance, atol=0)
+
+
+def test_the_slider_and_the_keyboard_choose_a_step(view, tree):
+    model = tree["model"].to_dataset().sel(descent="gradient", window=1)
+    view.page.locator("#step").focus()
+    view.page.keyboard.press("ArrowRight")
+    view.page.keyboard.press("ArrowRight")
+    assert view.page.input_value("#step-number") == "2"
+    view.page.locator("#plots").focus()
+    view.page.keyboard.press("ArrowRight")
+    assert view("report.position") == 3
+    readout = " ".join(view.text("#readout").split())
+    assert f"{float(model['angle'][3]):.4g}" in readout
+    assert "status effective" in readout
+    view.page.fill("#step-number", "7")
+    view.page.keyboard.press("Enter")
+    assert "status non finite" in " ".join(view.text("#readout").split())
+    assert view("Object.values(report.figures).map(({span}) => span.location)") == [7] * 7
+    view.page.locator("#plots").focus()
+    view.page.keyboard.press("End")
+    assert view("report.position") == 58
+    view.page.keyboard.press("Home")
+    assert view("report.position") == 0
+
+
+def visible(view):
+    return view("[report.range.start, report.range.end]")
+
+
+def test_zooming_and_moving_change_the_range_of_all_figures_and_fit_the_axes(view):
+    view.page.click("#reset")
+    whole = visible(view)
+    limits = view("[report.figures.loss.figure.y_range.start, report.figures.loss.figure.y_range.end]")
+    view.page.click("#zoom-in")
+    assert np.diff(visible(view)) == pytest.approx(np.diff(whole) / 2)
+    assert view("[report.figures.loss.figure.y_range.start, report.figures.loss.figure.y_range.end]") != limits
+    assert view("Object.values(report.figures).every(({figure}) => figure.x_range === report.range)")
+    before = visible(view)
+    view.page.click("#later")
+    assert visible(view)[0] > before[0]
+    view.page.click("#earlier")
+    view.page.click("#zoom-out")
+    assert np.diff(visible(view)) == pytest.approx(np.diff(whole))
+    view.page.locator("#plots").focus()
+    for key, changed in (("+", True), ("0", False), ("]", False), ("+", True), ("-", False)):
+        view.page.keyboard.press(key)
+        assert (visible(view) != pytest.approx(whole)) == changed
+    # Dragging zooms.
+    box = view.page.locator(".plot").first.bounding_box()
+    view.page.mouse.move(box["x"] + 0.4 * box["width"], box["y"] + 60)
+    view.page.mouse.down()
+    view.page.mouse.move(box["x"] + 0.6 * box["width"], box["y"] + 90, steps=4)
+    view.page.mouse.up()
+    zoomed = visible(view)
+    assert whole[0] < zoomed[0] < zoomed[1] < whole[1]
+    view.page.select_option("#drag", "pan")
+    view.page.mouse.move(box["x"] + 0.4 * box["width"], box["y"] + 60)
+    view.page.mouse.down()
+    view.page.mouse.move(box["x"] + 0.6 * box["width"], box["y"] + 60, steps=4)
+    view.page.mouse.up()
+    assert visible(view)[0] < zoomed[0]
+    view.page.select_option("#drag", "zoom")
+    view.page.click("#reset")
+    assert visible(view) == pytest.approx(whole)
+
+
+def test_a_pointer_shows_values_as_text(view):
+    box = view.page.locator(".plot").first.bounding_box()
+    view.page.mouse.move(box["x"] + 0.5 * box["width"], box["y"] + 0.5 * box["height"])
+    view.page.wait_for_function(
+        "[...document.querySelectorAll('*')].some(each => each.shadowRoot?.textContent.includes('step '))"
+        " || document.body.innerText.includes('step ')"
+    )
+    heat = view.page.locator("#heat .plot").bounding_box()
+    shown = view("report.heatTooltip(3, 0.5).textContent")
+    assert shown.startswith("step 3")
+    assert heat["height"] > 100
+
+
+def test_windows_and_estimates_are_chosen_on_the_page(view, tree):
+    view.page.select_option("#window", str(WINDOW))
+    view.page.select_option("#descent", "trapezoid")
+    _, values = view.curve("angle")
+    expected = tree["model"]["angle"].sel(descent="trapezoid", window=WINDOW).values
+    found = np.array([np.nan if value is None else value for value in values])
+    np.testing.assert_allclose(found, expected, rtol=2e-7)
+    view.page.select_option("#window", "1")
+    view.page.select_option("#descent", "gradient")
+
+
+def names(view):
+    return view.page.locator("#rows-body tr th").all_inner_texts()
+
+
+def test_the_table_sorts_searches_and_controls_the_plots(view, tree):
+    median = tree["tensor"]["angle"].sel(descent="gradient", window=1).median("step").to_series()
+    button = view.page.locator('#rows-head button[data-column="angle"]')
+    button.click()
+    assert names(view) == median.sort_values(ascending=False).index.tolist()
+    assert view.page.locator('#rows-head th[aria-sort="descending"]').inner_text() == "Median ψ ▼"
+    view.page.keyboard.press("Enter")
+    assert names(view) == median.sort_values().index.tolist()
+    # The heat map has the rows in this order.
+    assert view("report.order.map(row => report.kind.rows[row])") == names(view)
+    view.page.fill("#search", "LAYER bias")
+    assert names(view) == ["layer.bias"]
+    assert view.text("#rows-count") == "1 of 3"
+    assert view("report.figures.heat.source.data.dh[0]") == 1
+    view.page.fill("#search", "")
+    view.page.click("#clear")
+    assert view("report.selected.size") == 0
+    view.page.locator('#rows-body input[aria-label="Draw scale"]').focus()
+    view.page.keyboard.press("Space")
+    row = view("[...report.selected]")[0]
+    _steps, values = view.curve("angle", row)
+    expected = tree["tensor"]["angle"].sel(descent="gradient", window=1, tensor="scale").values
+    found = np.array([np.nan if value is None else value for value in values])
+    # Values of tensors have 16 bits of their range, which is at most pi: half a step is an error of 2.4e-5.
+    np.testing.assert_allclose(found, expected, atol=np.pi / 65533 / 2 * 1.01)
+    assert "scale" in view.text("#legend")
+    # A click on a row of the heat map removes the curve.
+    order = names(view)
+    heat = view(
+        "(() => {const {top, height} = report.figures.heat.target.getBoundingClientRect(); return [top, height]})()"
+    )
+    assert heat[1] > 0
+    view(f"report.tapped(report.figures.heat, 5, {len(order) - 0.5 - order.index('scale')})")
+    assert view("report.selected.size") == 0
+    assert view("report.position") == 5
+    view.page.locator("#rows-body .row-name").first.click()
+    assert view("report.selected.size") == 1
+
+
+@pytest.mark.parametrize("variable", ["angle", "condition_number", "update_to_weight", "status"])
+def test_the_heat_map_has_the_values_of_all_tensors(view, tree, variable):
+    view.page.select_option("#colour", variable)
+    expected = tree["tensor"][variable]
+    if "descent" in expected.dims:
+        expected = expected.sel(descent="gradient", window=1)
+    rows = view("report.order.map(row => report.kind.rows[row])")
+    image = view("[...report.figures.heat.source.data.image[0]].map(value => Number.isNaN(value) ? null : value)")
+    image = np.array([np.nan if value is None else value for value in image]).reshape(3, -1)[::-1]
+    expected = expected.sel(tensor=rows).values.T.astype(float)
+    if variable in ("condition_number", "update_to_weight"):
+        expected = np.log10(np.where(expected > 0, expected, np.nan))
+    reach = np.nanmax(expected) - np.nanmin(expected)
+    # 16 bits of the range; a status is exact.
+    np.testing.assert_allclose(image, expected, atol=0 if variable == "status" else reach / 65533 / 2 * 1.01)
+    ends = (
+        [np.nanmin(expected), np.nanmax(expected)]
+        if variable == "angle"
+        else 10.0 ** np.array([np.nanmin(expected), np.nanmax(expected)])
+    )
+    legend = view.text("#heat-legend")
+    if variable == "status":
+        assert all(Status(int(code)).name.lower().replace("_", " ") in legend for code in np.unique(expected))
+    else:
+        assert all(number(end)[:4] in legend for end in ends)
+
+
+def test_runs_are_compared_and_chosen(browser, pages):
+    with View(browser, pages.as_uri()) as view:
+        seen = Page(pages)
+        assert view.page.input_value("#rows") == "run"
+        assert names(view)[0] == "lost"
+        view.page.select_option("#run", "1")
+        view.page.wait_for_function("report.runIndex === 1 && report.position === 0")
+        view.page.select_option("#rows", "tensor")
+        assert len(names(view)) == 40
+        assert view.page.locator("#run option").all_inner_texts() == [run["name"] for run in seen.data["runs"]]
+        view.page.select_option("#run", "2")
+        view.page.wait_for_function("report.runIndex === 2")
+        assert view("report.curve(report.figures.angle, 'model').source.data.y.every(Number.isNaN)")
+        assert view.complaints == []
+
+
+def test_a_page_is_printed_in_black_on_white_with_all_rows(browser, page, tmp_path):
+    with View(browser, page.as_uri(), scheme="dark") as view:
+        view.page.emulate_media(media="print", color_scheme="dark")
+        view("dispatchEvent(new Event('beforeprint'))")
+        assert brightness(view) > 155
+        assert view.page.locator("#step").is_hidden()
+        assert view.page.evaluate("getComputedStyle(document.querySelector('.tall')).maxHeight") == "none"
+        assert view.page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+        view("dispatchEvent(new Event('afterprint'))")
+        assert brightness(view) < 100
+        assert view.complaints == []
+
+
+def test_hostile_names_of_tensors_stay_text(browser, tmp_path):
+    hostile = {"<img src=x onerror=alert(1)>": (2,), "$$\\frac{x}{y}$$": (2,), "</script><b>": (2,), "&lt;": (2,)}
+    run.ingest_run(write_log(tmp_path / "log", random_walk(8, hostile), container="npz"), tmp_path / "out")
+    run.analyze_run(tmp_path / "out", run.Analysis(workers=1))
+    page = Path(run.report_run([tmp_path / "out"]).report)
+    with View(browser, page.as_uri()) as view:
+        assert set(names(view)) == set(hostile)
+        for box in view.page.locator("#rows-body input").all():
+            box.check()
+        assert all(name in view.text("#legend") for name in hostile)
+        view("report.heatTooltip(1, 0.5)")
+        assert view.page.locator("img, b:has-text('x')").count() == 0
+        assert view.complaints == []
+        assert [url for url in view.requests if not url.startswith("data:")] == [page.as_uri()]

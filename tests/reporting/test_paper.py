@@ -9,9 +9,9 @@ import pytest
 from logs import random_walk, write_log
 from natgrad.app import run
 from natgrad.experiments.linear_system import log_linear_system
-from natgrad.reporting import figures, paper
-from natgrad.reporting.figures import RunResults
+from natgrad.reporting import paper, paper_figures
 from natgrad.reporting.paper import Plane
+from natgrad.reporting.run_results import RunResults
 from natgrad.results import dataset
 from natgrad.schema.errors import InputError
 from natgrad.store import open_store
@@ -98,59 +98,6 @@ def test_the_numbers_agree_with_those_of_the_printed_formulas(folders, plane, ru
     assert rows["3D: updates that are effective"][1] == f"{(status == 0).sum()} of {len(status)}"
 
 
-def points(line):
-    return np.column_stack([line.x, line.y])
-
-
-def test_contours_of_figures_1_and_2_have_one_loss_each(plane):
-    step = paper.shown_step(plane)
-    y, g = plane.update(step)
-    first = figures.descent_balls(plane.loss, plane.states[step], y, g, plane.ball(step), 0.1).figure
-    second = figures.metric_field(plane.loss, plane.states[:5], np.stack(5 * [plane.ball(0)])).figure
-    for panel in (*first.panels, *second.panels):
-        assert len({line.colour for line in panel.contours}) == 12
-        cell = max(panel.x.high - panel.x.low, panel.y.high - panel.y.low) / 119
-        for line in panel.contours:
-            losses = plane.loss(points(line))
-            # Along the edge of a cell, a quadratic differs from its chord by an eighth of its curvature.
-            off = np.linalg.norm(plane.hessian(), 2) * cell**2 / 8
-            assert losses == pytest.approx(np.full(len(losses), losses.mean()), abs=2 * off)
-
-
-def test_in_figure_1_the_ball_is_that_of_the_metric(plane):
-    step = paper.shown_step(plane)
-    y, g = plane.update(step)
-    figure = figures.descent_balls(plane.loss, plane.states[step], y, g, plane.ball(step), 0.1).figure
-    matrices = Metric(y, g).to_dense(), np.eye(2)
-    areas = []
-    for panel, matrix in zip(figure.panels, matrices, strict=True):
-        curve = points(panel.lines[0]) - plane.states[step]
-        lengths = np.einsum("ni,ij,nj->n", curve, matrix, curve)
-        assert lengths == pytest.approx(np.full(len(lengths), lengths[0]), rel=1e-9)
-        areas.append(np.pi * lengths[0] / np.sqrt(np.linalg.det(matrix)))
-        tips = [arrow.end - arrow.start for arrow in panel.arrows]
-        assert all(np.array_equal(arrow.start, plane.states[step]) for arrow in panel.arrows)
-        for tip, vector in zip(tips, (y, g), strict=True):
-            assert tip @ vector == pytest.approx(np.linalg.norm(tip) * np.linalg.norm(vector))
-    # The axes of a ball are found among its points, half a degree apart.
-    assert areas[0] == pytest.approx(areas[1], rel=1e-3)
-    assert areas[1] == pytest.approx(np.pi * 0.1**2)
-
-
-def test_in_figure_2_every_ball_lies_around_its_state(plane):
-    states, balls = plane.states[:5], np.stack([plane.ball(step) for step in range(5)])
-    (panel,) = figures.metric_field(plane.loss, states, balls).figure.panels
-    trajectory, *curves = panel.lines
-    assert np.array_equal(points(trajectory), states)
-    assert len(curves) == 5
-    sizes = []
-    for curve, state, ball in zip(curves, states, balls, strict=True):
-        around = points(curve) - state
-        sizes.append(np.linalg.norm(around) / np.linalg.norm(ball))
-        assert around == pytest.approx(sizes[0] * ball, abs=1e-12)
-    assert sizes == pytest.approx([sizes[0]] * 5)
-
-
 def test_the_discrete_gradient_and_its_metric_go_to_those_of_the_gradient_in_proportion_to_the_learning_rate(sweep):
     planes = [Plane.read(folder / "trajectory.zarr") for folder in sweep]
     rates, turned, moved = paper.limit_distances(planes)
@@ -166,11 +113,10 @@ def test_the_discrete_gradient_and_its_metric_go_to_those_of_the_gradient_in_pro
     assert second[0] < 0.02
     for values in (turned, moved):
         assert (np.abs(values[1:] / values[:-1] / 2.0 - 1.0) <= second).all()
-    (panel,) = figures.limit_curve(rates, turned, moved).figure.panels
-    for line, values in zip(
-        panel.lines, (turned, moved, max(turned[-1], moved[-1]) * rates / rates[-1]), strict=True
-    ):
-        assert points(line) == pytest.approx(np.column_stack([rates, values]))
+    (panel,) = paper_figures.limit_curve(rates, turned, moved).axes
+    proportional = max(turned[-1], moved[-1]) * rates / rates[-1]
+    for line, values in zip(panel.lines, (turned, moved, proportional), strict=True):
+        assert line.get_xydata() == pytest.approx(np.column_stack([rates, values]))
 
 
 def test_the_trapezoid_of_the_results_is_the_limit_of_the_figure(sweep):

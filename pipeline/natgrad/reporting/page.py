@@ -1,30 +1,41 @@
-"""Write the report page: Figure 3 of the paper for one or several runs, with tables and warnings.
+"""Write the report page of runs: an interactive overview, Figure 3 of the paper, tables and warnings.
 
-The page is one self-contained file: figures are vector graphics, there is no script, and nothing is downloaded. It
-depends only on the results, so equal results give equal bytes.
+The page is one self-contained file that works offline: it contains its data (`natgrad.reporting.page_data`), its
+program (``assets/report.js``) and the plotting library. It depends only on the results and on the version of that
+library, so equal results give equal bytes.
+
+The library is BokehJS, from the Python package bokeh. Only its JavaScript is used: importing the Python package
+would take longer than all other work on a small run.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import count
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import jinja2
+import markupsafe
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from natgrad.reporting import figures
+from natgrad.reporting.eigenvalues import exact_curves, measured_points
+from natgrad.reporting.page_data import Blob, kinds_of, run_data, side_by_side
+from natgrad.reporting.run_results import RunResults, extent, number
 from natgrad.results.objective import COMPARING_DESCENTS
 from natgrad.results.recovery import qualification_text
+from natgrad.schema.errors import InputError
 from natgrad.schema.names import DESCENT, DESCENTS, REPLICATE, TENSOR, WINDOW
 from natgrad.schema.variables import WITHOUT_GRADIENTS, ShiftedMetric, Status
 from natgrad.storage import Location, open_storage
 
-__all__ = ["STATUS_MEANING", "WINDOW_FACTS", "write_report"]
+__all__ = ["STATUS_MEANING", "WINDOW_FACTS", "page_text", "write_report"]
 
 STATUS_MEANING: dict[Status, str] = {
     Status.EFFECTIVE: "y·g > 0: the update descends the loss, so metrics M with M g = y exist.",
@@ -52,14 +63,11 @@ _GRADIENT_LABELS = {
 }
 
 
-def write_report(
-    trees: Mapping[str, xr.DataTree], page: Location, *, compared_runs: int = figures.COMPARED_RUNS
-) -> Location:
+def write_report(trees: Mapping[str, xr.DataTree], page: Location) -> Location:
     """Write the report page of one or several runs.
 
-    Panel A of Figure 3 has the points of all runs. Each run has its spectrum and its loss (panels B and C, D and E
-    of the paper), its angles and condition numbers, and tables. The page states if results have no steps or no
-    finite values.
+    The page starts with a sentence about the runs, an overview of each with the table of its tensors, and Figure 3.
+    The page states if results have no steps or no finite values.
 
     Parameters
     ----------
@@ -67,8 +75,6 @@ def write_report(
         Results by name of the run, see `natgrad.results.dataset.label`.
     page : str, Path or Storage
         The HTML file. It is replaced atomically.
-    compared_runs : int
-        Maximum number of runs to compare in one figure.
 
     Returns
     -------
@@ -80,8 +86,21 @@ def write_report(
     InputError
         If a tree does not hold results.
     """
-    runs = [figures.RunResults.of(name, tree) for name, tree in trees.items()]
-    content = _content(runs) | _side_by_side(runs, compared_runs)
+    text = page_text([RunResults.of(name, tree) for name, tree in trees.items()])
+    # File names may contain bytes that are not text.
+    open_storage(page).put(text.encode("utf-8", errors="replace"))
+    return page
+
+
+def page_text(runs: Sequence[RunResults], *, served: bool = False) -> str:
+    """Return the page of some runs.
+
+    Parameters
+    ----------
+    runs : sequence of RunResults
+    served : bool
+        Whether a server answers requests of the page for further values, see `natgrad.reporting.serving`.
+    """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("natgrad.reporting"),
         autoescape=True,
@@ -89,49 +108,157 @@ def write_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": figures.number, "percent": _percent}
-    text = environment.get_template("report.html").render(content)
-    # File names may contain bytes that are not text.
-    open_storage(page).put(text.encode("utf-8", errors="replace"))
-    return page
+    environment.filters |= {"number": number, "percent": _percent}
+    return environment.get_template("report.html").render(_content(runs, served))
 
 
 # Contents of the page ------------------------------------------------------------------------------------------
 
 
-def _content(runs: Sequence[figures.RunResults]) -> dict[str, Any]:
-    letters = _letters()
-    next(letters)
-    contents = [_run_content(run, f"run-{index}", letters) for index, run in enumerate(runs, start=1)]
+def _content(runs: Sequence[RunResults], served: bool) -> dict[str, Any]:
+    summaries = [[rows.summary(run.has_gradient) for rows in kinds_of(run)] for run in runs]
+    contents = [_run_content(run, f"run-{index}") for index, run in enumerate(runs, start=1)]
+    blob = Blob()
+    data: dict[str, Any] = {
+        "runs": [run_data(run, blob, len(runs), each) for run, each in zip(runs, summaries, strict=True)],
+        "compared": side_by_side(runs, blob),
+        "descents": _DESCENT_LABELS,
+        "statuses": [{"name": member.name.lower()} for member in sorted(Status)],
+        "eigenvalues": _eigenvalues([run for run in runs if run.has_gradient]),
+        "served": served,
+    }
+    if data["compared"]:
+        data["compared"]["summary"] = _compared_summary(runs, contents)
     return {
-        "curves": figures.eigenvalue_curves(runs) if runs else None,
+        "css": markupsafe.Markup(_asset("report.css")),
+        "scripts": [markupsafe.Markup(script) for script in (*_library(), _asset("report.js"))] if runs else [],
+        # A name must not end the element.
+        "data": markupsafe.Markup(json.dumps(data, ensure_ascii=False, allow_nan=False).replace("<", r"\u003c")),
+        "arrays": markupsafe.Markup(blob.compressed().decode()),
+        "lead": _lead(runs, contents, summaries),
+        "drawn_gradients": any(run.has_gradient for run in runs),
         "runs": contents,
         "gradient_labels": _GRADIENT_LABELS,
         "replicate_labels": _REPLICATE_LABELS,
     }
 
 
-def _side_by_side(runs: Sequence[figures.RunResults], limit: int) -> dict[str, Any]:
-    compared = 1 < len(runs) <= limit
+@cache
+def _library() -> tuple[str, ...]:
+    """Return the scripts of BokehJS, without importing bokeh."""
+    found = find_spec("bokeh")
+    folder = Path(str(found.origin)).parent / "server" / "static" / "js" if found is not None else None
+    if folder is None or not (folder / "bokeh.min.js").is_file():
+        raise InputError(
+            "the package bokeh, which draws the figures of the page, is not installed",
+            where="report",
+            remedy="install it: pip install bokeh",
+        )
+    return tuple((folder / name).read_text(encoding="utf-8") for name in ("bokeh.min.js", "bokeh-api.min.js"))
+
+
+@cache
+def _asset(name: str) -> str:
+    return (files("natgrad.reporting") / "assets" / name).read_text(encoding="utf-8")
+
+
+_DESCENT_LABELS = {
+    "gradient": "gradient",
+    "corrected": "discrete gradient, eq. (12)",
+    "trapezoid": "corrected mean gradient, eq. (12)",
+    "taylor": "discrete gradient, eq. (16)",
+}
+
+
+def _eigenvalues(runs: Sequence[RunResults]) -> dict[str, Any]:
+    """Return the curves and points of panel A."""
+    points = measured_points(runs)
+    least = min([1e-2, *(float(np.nanmin(values)) for _, values in points if np.isfinite(values).any())])
+    angle, curves = exact_curves(least)
     return {
-        "comparison": figures.comparison(runs) if compared else None,
-        "compared_at_most": limit,
+        "theory": {"angle": angle.tolist(), "values": [_finite(curve) for curve in curves]},
+        "points": [
+            {"angle": angles.tolist(), "values": [_finite(value) for value in values]} for angles, values in points
+        ],
     }
 
 
-def _letters() -> Iterator[str]:
-    """Yield A, B, .., Z, AA, AB, .."""
-    for index in count():
-        yield (chr(ord("A") + index // 26 - 1) if index >= 26 else "") + chr(ord("A") + index % 26)
+def _finite(values: NDArray[np.float64]) -> list[float | None]:
+    """Return numbers as JSON can store them."""
+    return [float(value) if math.isfinite(value) else None for value in values]
 
 
-def _run_content(run: figures.RunResults, anchor: str, letters: Iterator[str]) -> dict[str, Any]:
+def _compared_summary(runs: Sequence[RunResults], contents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the summary of each run, like those of tensors."""
+
+    def medians(name: str) -> list[float | None]:
+        return [found[1] if (found := each["spreads"].get(name)) is not None else None for each in contents]
+
+    shares = [
+        each["shares"]["gradient"][0]["share"] if run.has_gradient else math.nan
+        for run, each in zip(runs, contents, strict=True)
+    ]
+    found: dict[str, Any] = {name: medians(name) for name in ("angle", "condition_number", "update_to_weight")}
+    return found | {"share": _finite(np.array(shares))}
+
+
+def _lead(
+    runs: Sequence[RunResults],
+    contents: Sequence[Mapping[str, Any]],
+    summaries: Sequence[Sequence[Mapping[str, Any]]],
+) -> str:
+    """Return a sentence that summarizes the results."""
+    if not runs:
+        return ""
+    if len(runs) == 1:
+        return _sentence(runs[0], contents[0], summaries[0][0])
+    known = [
+        (each["shares"]["gradient"][0]["share"], run.name)
+        for run, each in zip(runs, contents, strict=True)
+        if run.has_gradient and math.isfinite(each["shares"]["gradient"][0]["share"])
+    ]
+    warned = sum(bool(each["warnings"]) for each in contents)
+    text = f"{len(runs)} runs"
+    if known:
+        low, high = min(known), max(known)
+        text += (
+            f": {_percent(low[0])} of the updates of {low[1]} are effective (they descend the loss), the fewest of "
+            f"all runs, and {_percent(high[0])} of those of {high[1]}, the most"
+        )
+    without = sum(not run.has_gradient for run in runs)
+    text += f"; {without} without gradients" if without else ""
+    return text + f"; {warned or 'no'} {'run has' if warned == 1 else 'runs have'} warnings."
+
+
+def _sentence(run: RunResults, content: Mapping[str, Any], tensors: Mapping[str, Any]) -> str:
+    updates, names = content["updates"], [str(name) for name in run.tensors[TENSOR].values]
+    size = (
+        f"{updates:,} update{'' if updates == 1 else 's'} of {len(names):,} tensor{'' if len(names) == 1 else 's'}"
+    )
+    warned = len(content["warnings"])
+    ending = f"{warned or 'no'} warning{'' if warned == 1 else 's'}"
+    if not run.has_gradient:
+        changed = content["spreads"]["update_to_weight"]
+        median = "" if changed is None else f", whose median size is {number(changed[1])} of that of the parameters"
+        return f"{run.name} has {size}{median}; without gradients, there is no angle and no metric; {ending}."
+    share, spread = content["shares"]["gradient"][0]["share"], content["spreads"]["angle"]
+    part = _percent(share) if math.isfinite(share) else "An unknown share"
+    text = f"{part} of the {size} in {run.name} descend the loss"
+    if spread is not None:
+        degrees = f"{math.degrees(spread[1]):.0f}°"
+        text += f", at a median angle of {number(spread[1])} rad ({degrees}) to the negative gradient"
+    if len(names) > 1 and updates:
+        effective, angle = tensors["share"], tensors["angle"]
+        order = sorted(range(len(names)), key=lambda row: (effective[row] or 0.0, -(angle[row] or 0.0)))
+        worst = [f"{names[row]} ({_percent(effective[row] or 0.0)} effective)" for row in order[:2]]
+        text += f"; the worst tensors are {' and '.join(worst)}"
+    source = run.attributes.get("gradient_source", "logged")
+    return f"{text}; objective: {run.objective}; gradients: {source}; {ending}."
+
+
+def _run_content(run: RunResults, anchor: str) -> dict[str, Any]:
     """Return the variables of the template for one run."""
     status = run["status"]
-    letter_of_spectrum, letter_of_loss = next(letters), next(letters)
-    # If a model has one tensor, the tensor is the model, which is drawn already.
-    shown = run.largest_tensors() if len(run.steps) and run.tensors.sizes[TENSOR] > 1 else []
-    columns = _TENSOR_COLUMNS if run.has_gradient else _TENSOR_COLUMNS_WITHOUT_GRADIENTS
     return {
         "anchor": anchor,
         "name": run.name,
@@ -148,32 +275,10 @@ def _run_content(run: figures.RunResults, anchor: str, letters: Iterator[str]) -
         "cautions": dict.fromkeys(COMPARING_DESCENTS, run.objective.caution),
         "replicates": None if run.replicates is None else _replicates(run.replicates),
         "windows": sorted({1, max(run.windows)}),
-        "letters": (letter_of_spectrum, letter_of_loss),
-        "spectrum": (
-            figures.spectrum(run, letter_of_spectrum)
-            if run.has_gradient
-            else figures.relative_update_curve(run, letter_of_spectrum)
-        ),
-        "loss": figures.loss_curve(run, letter_of_loss),
-        **(_figures_of_gradients(run, shown) if run.has_gradient else {}),
-        "tensor_columns": columns,
-        "tensors": [_tensor_row(run, name, columns) for name in shown],
-        "tensors_left_out": run.tensors.sizes[TENSOR] - len(shown) if shown else 0,
-        "thinned": figures.is_thinned(len(run.steps)),
         "provenance": {
             name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)
             for name, value in ((name, _plain(value)) for name, value in run.attributes.items())
         },
-    }
-
-
-def _figures_of_gradients(run: figures.RunResults, shown: Sequence[str]) -> dict[str, figures.Picture | None]:
-    """Draw the angles and condition numbers of the model and of some tensors."""
-    return {
-        "angle": figures.angle_curve(run),
-        "condition": figures.condition_curve(run),
-        "tensor_angle": figures.small_panels(run, shown, "angle") if shown else None,
-        "tensor_condition": figures.small_panels(run, shown, "condition_number") if shown else None,
     }
 
 
@@ -188,11 +293,11 @@ _SPREADS = (
 )
 
 
-def _spreads(run: figures.RunResults) -> dict[str, tuple[float, float, float] | None]:
-    spreads = {name: figures.extent(run[name]) for name in _SPREADS if name in run.model}
+def _spreads(run: RunResults) -> dict[str, tuple[float, float, float] | None]:
+    spreads = {name: extent(run[name]) for name in _SPREADS if name in run.model}
     if run.without_decay is not None:
         rest = run.without_decay["angle"].sel({DESCENT: DESCENTS[0], WINDOW: 1})
-        spreads["angle_without_decay"] = figures.extent(rest.values)
+        spreads["angle_without_decay"] = extent(rest.values)
     return spreads
 
 
@@ -200,7 +305,7 @@ def _plain(value: Any) -> Any:
     return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
 
 
-def _facts(run: figures.RunResults) -> dict[str, str]:
+def _facts(run: RunResults) -> dict[str, str]:
     steps = run.steps
     facts = {"Source": str(run.attributes.get("source") or "not recorded")}
     if len(steps):
@@ -216,11 +321,11 @@ def _facts(run: figures.RunResults) -> dict[str, str]:
     facts["Tensors"] = str(run.tensors.sizes[TENSOR])
     if "elements" in run.attributes:
         facts["Elements"] = str(run.attributes["elements"])
-    rates = figures.extent(run["learning_rate"]) if "learning_rate" in run.model else None
+    rates = extent(run["learning_rate"]) if "learning_rate" in run.model else None
     if rates is None:
         facts["Learning rate"] = "not known"
     else:
-        low, _, high = (figures.number(rate) for rate in rates)
+        low, _, high = (number(rate) for rate in rates)
         facts["Learning rate"] = low if low == high else f"{low} to {high}"
     if run.attributes.get("gradient_source") == "recovered":
         facts["Gradients"] = qualification_text(run.attributes)
@@ -237,7 +342,7 @@ def _facts(run: figures.RunResults) -> dict[str, str]:
     return facts
 
 
-def _window_facts(run: figures.RunResults) -> dict[str, str]:
+def _window_facts(run: RunResults) -> dict[str, str]:
     """Return the smallest windows over which the run always descends."""
     facts = {}
     objective = run.objective
@@ -268,7 +373,7 @@ WINDOW_FACTS = {
 """Labels of the window variables in the table of facts."""
 
 
-def _warnings(run: figures.RunResults, status: NDArray[Any]) -> list[str]:
+def _warnings(run: RunResults, status: NDArray[Any]) -> list[str]:
     """Return messages that explain the gaps in the curves."""
     updates = len(status)
     if not updates:
@@ -307,7 +412,7 @@ def _step_ranges(steps: NDArray[np.float64], mask: NDArray[np.bool_], limit: int
     return f"{'step' if len(masked) == 1 else 'steps'} {', '.join(texts)}{tail}"
 
 
-def _shares(run: figures.RunResults) -> dict[str, list[dict[str, float]]]:
+def _shares(run: RunResults) -> dict[str, list[dict[str, float]]]:
     """Return the share of effective updates for each negative gradient, at window 1 and at the largest."""
     shares: dict[str, list[dict[str, float]]] = {}
     for descent in (str(name) for name in run.model[DESCENT].values):
@@ -343,7 +448,7 @@ def _replicates(found: xr.Dataset) -> dict[str, Any]:
         "drawn_effective": int((drawn > 0).sum()),
         "curvature": bool(found["stochastic_alpha"].notnull().any()),
         "definite": int(found["stochastic_definite"].sum()),
-        "spreads": {name: figures.extent(found[name].values) for name in _REPLICATE_LABELS},
+        "spreads": {name: extent(found[name].values) for name in _REPLICATE_LABELS},
     }
 
 
@@ -358,26 +463,6 @@ _REPLICATE_LABELS = {
     "learning_rate_bound": "Largest learning rate for which eq. (19) is a metric",
 }
 """Labels of the replicate variables."""
-
-
-_TENSOR_COLUMNS = {
-    "angle": "Median ψ",
-    "condition_number": "Median κ",
-    "gradient_norm": "Median |y|",
-    "update_to_weight": "Median |θ′ − θ| / |θ|",
-}
-"""Variables in the table of tensors, and their labels."""
-
-_TENSOR_COLUMNS_WITHOUT_GRADIENTS = {
-    "displacement_norm": "Median |θ′ − θ|",
-    "update_to_weight": _TENSOR_COLUMNS["update_to_weight"],
-}
-
-
-def _tensor_row(run: figures.RunResults, name: str, columns: Iterable[str]) -> dict[str, Any]:
-    row = {column: figures.extent(run.tensor(column, name)) for column in columns}
-    share = float((run.tensor("status", name) == Status.EFFECTIVE).mean()) if run.has_gradient else math.nan
-    return {"name": name, "share": share, **row}
 
 
 def _percent(share: float) -> str:

@@ -6,22 +6,23 @@ additional runs that start at the same state as the first but have other learnin
 the discrete gradient and its metric to those of the gradient (section 2.2). All numbers are read from trajectories
 and results.
 
-No other module imports this one: it is a separate program. `natgrad report` draws only Figure 3.
+No other module imports this one: it is a separate program, and it needs Matplotlib (the extra ``experiments``).
+`natgrad report` draws only Figure 3.
 """
 
 from __future__ import annotations
 
-import base64
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from natgrad.reporting import figures
-from natgrad.reporting.figures import Picture, RunResults
+from natgrad.reporting import paper_figures as figures
+from natgrad.reporting.run_results import RunResults, number
 from natgrad.results import dataset
 from natgrad.schema.errors import InputError
 from natgrad.schema.variables import Status
@@ -168,7 +169,7 @@ def write_figures(
     # Half of the step of steepest descent in the direction of largest curvature.
     size = float(np.linalg.norm(y) / np.linalg.norm(plane.hessian(), 2)) / 2.0
     every = range(0, len(plane.states) - 1, max(1, (len(plane.states) - 1) // 24))
-    pictures: dict[str, Picture] = {
+    pictures: dict[str, Figure] = {
         "figure_1": figures.descent_balls(plane.loss, plane.states[step], y, g, plane.ball(step), size),
         "figure_2": figures.metric_field(
             plane.loss, plane.states[list(every)], np.stack([plane.ball(index) for index in every])
@@ -184,9 +185,9 @@ def write_figures(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    for name, picture in pictures.items():
+    for name, figure in pictures.items():
         written.append(folder / f"{name}.svg")
-        written[-1].write_bytes(base64.b64decode(picture.uri.partition(",")[2]))
+        figures.save(figure, written[-1])
     rows = [("statement", "paper", "run"), ("---",) * 3, *comparisons(plane, linear, network)]
     rows += _limit_rows([plane, *others]) if others else []
     written.append(folder / "numbers.md")
@@ -223,13 +224,13 @@ def comparisons(plane: Plane, linear: RunResults, network: RunResults) -> list[t
         length = (run["gradient_norm"] / run["update_norm"])[effective]
         for label, row in (("least", int(angle.argmin())), ("greatest", int(angle.argmax()))):
             sine, cosine = np.sin(angle[row]), np.cos(angle[row])
-            where = f"{panels}: at the {label} angle, ψ = {figures.number(float(angle[row]))} rad,"
+            where = f"{panels}: at the {label} angle, ψ = {number(float(angle[row]))} rad,"
             rows.append((f"{where} κ = (1 + sin ψ)/(1 − sin ψ)", *_formatted((1 + sine) / (1 - sine), kappa[row])))
             for name, sign in (("max", 1), ("min", -1)):
                 printed = length[row] * (1 / cosine + sign * sine / cosine)
                 measured = run[f"eigenvalue_{name}"][effective][row]
                 rows.append((f"{where} λ_{name} of eq. (9)", *_formatted(printed, measured)))
-        spread = f"{figures.number(float((1 / kappa).min()))} to {figures.number(float((1 / kappa).max()))}"
+        spread = f"{number(float((1 / kappa).min()))} to {number(float((1 / kappa).max()))}"
         rows.append((f"{panels}: 1/κ", "in (0, 1]", spread))
     rows.append(("3C: steps at which the loss rises", "none", _rises(linear["loss"])))
     rows.append(("3E: steps at which the loss rises", "some", _rises(network["loss"])))
@@ -274,9 +275,9 @@ def limit_distances(planes: Sequence[Plane]) -> tuple[Array, Array, Array]:
 
 def _limit_rows(planes: Sequence[Plane]) -> list[tuple[str, str, str]]:
     rates, angle_change, metric_change = limit_distances(planes)
-    ends = f"from η = {figures.number(float(rates[-1]))} to {figures.number(float(rates[0]))}"
+    ends = f"from η = {number(float(rates[-1]))} to {number(float(rates[0]))}"
     return [
-        (f"2.2: {name} {ends}", "→ 0", f"{figures.number(float(values[-1]))} to {figures.number(float(values[0]))}")
+        (f"2.2: {name} {ends}", "→ 0", f"{number(float(values[-1]))} to {number(float(values[0]))}")
         for name, values in (("ψ̄ − ψ in rad", angle_change), ("M̄ − M, relative", metric_change))
     ]
 
@@ -297,7 +298,7 @@ def _figure_1_rows(plane: Plane) -> list[tuple[str, str, str]]:
 
 
 def _formatted(printed: float, measured: float) -> tuple[str, str]:
-    return figures.number(float(printed)), figures.number(float(measured))
+    return number(float(printed)), number(float(measured))
 
 
 def _rises(losses: NDArray[np.float64]) -> str:

@@ -11,6 +11,7 @@ __all__ = [
     "FROM_OPTIMIZER",
     "GAMMA",
     "GRADIENTS",
+    "GROUP",
     "HVP",
     "HYPERPARAMETERS",
     "LOGGED",
@@ -47,7 +48,7 @@ __all__ = [
 ]
 
 
-STEP, ELEMENT, TENSOR = "step", "element", "tensor"
+STEP, ELEMENT, TENSOR, GROUP = "step", "element", "tensor", "group"
 
 ATTEMPT, RUN = "attempt", "run"
 
