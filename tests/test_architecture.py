@@ -52,7 +52,6 @@ HOMES = {
     "numba": {"kernel"},
     "llvmlite": {"kernel"},
     "bokeh": set(),  # its JavaScript is read as files
-    "matplotlib": {"reporting"},
     "numcodecs": {"store"},
     "jinja2": {"reporting"},
     "scipy": {"theory", "experiments"},

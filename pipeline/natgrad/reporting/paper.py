@@ -6,7 +6,7 @@ additional runs that start at the same state as the first but have other learnin
 the discrete gradient and its metric to those of the gradient (section 2.2). All numbers are read from trajectories
 and results.
 
-No other module imports this one: it is a separate program, and it needs Matplotlib (the extra ``experiments``).
+No other module imports this one: it is a separate program, and it needs Matplotlib (the extra ``plot``).
 `natgrad report` draws only Figure 3.
 """
 
