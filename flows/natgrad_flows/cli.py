@@ -8,7 +8,7 @@ from typing import Any
 import typer
 
 from natgrad.app import options
-from natgrad.app.cli import Output, app, command_options, main, program
+from natgrad.app.cli import Output, app, command_options, interruptible, main, program
 
 __all__ = ["app", "main", "program"]
 
@@ -33,7 +33,7 @@ def scan(
     from natgrad_flows.scan import scan_runs
     from natgrad_flows.server import server_errors, use_server
 
-    with server_errors():
+    with interruptible(), server_errors():
         use_server()
         summary = scan_runs(root, out, **values)
     output.show(summary)

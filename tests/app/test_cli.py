@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from contextlib import redirect_stderr
@@ -454,7 +455,7 @@ def test_a_mapping_and_several_sources_reach_the_ingest(tmp_path):
     assert "list the sources in a run file" in refused.stderr
     refused = natgrad("ingest", tmp_path / "states", "--map", "parameter=theta", "loss=l")
     assert refused.returncode == 2
-    assert "SOURCE and OUT" in refused.stderr
+    assert "OUT is missing" in refused.stderr
     refused = natgrad("ingest", tmp_path / "states", tmp_path / "four", "--map", "theta")
     assert "is not of the form" in refused.stderr
 
@@ -572,3 +573,78 @@ def test_missing_memory_gives_a_message_with_the_plan(error, what):
     assert "5 MiB are planned" in refusal.value.why
     with pytest.raises(RuntimeError, match="another"), memory_errors(lambda: 0):
         raise RuntimeError("another")
+
+
+# Terminal ----------------------------------------------------------------------------------------------------
+
+
+def on_a_terminal(*arguments, environment=None, when=None):
+    """Run the command with a terminal as standard error; return what it drew and its exit status.
+
+    ``when`` is a text and a signal that is sent once the text is drawn.
+    """
+    main, worker = os.openpty()
+    command = [NATGRAD, *map(str, arguments)]
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "120"} | (environment or {})
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=worker, env=environment) as process:
+        os.close(worker)
+        drawn, sent = b"", False
+        while True:
+            try:
+                drawn += os.read(main, 4096)
+            except OSError:  # the terminal ends with the process
+                break
+            if when is not None and not sent and when[0].encode() in drawn:
+                process.send_signal(when[1])
+                sent = True
+        process.communicate()
+    os.close(main)
+    return drawn.decode(), process.returncode
+
+
+def test_progress_has_rates_and_starts_before_the_number_of_states_is_known(run, tmp_path):
+    drawn, code = on_a_terminal("process", run[0], tmp_path, environment={"NO_COLOR": "1"})
+    assert code == 0
+    stages = ("look for the log", "describe", "ingest", "analyze", "results", "report")
+    positions = [drawn.index(stage) for stage in stages]
+    assert positions == sorted(positions)
+    assert re.search(r"12/12 [\d.]+ states/s", drawn)
+    # Only sequences that set colours are affected by NO_COLOR.
+    assert not re.search(r"\x1b\[[\d;]*(3\d|4\d|9\d)m", drawn)
+    assert re.search(r"\x1b\[[\d;]*3\dm", on_a_terminal("process", run[0], tmp_path / "colours")[0])
+
+
+def test_without_a_terminal_nothing_is_drawn(run, tmp_path):
+    done = natgrad_process("process", run[0], tmp_path, environment={"FORCE_COLOR": ""})
+    assert done.returncode == 0
+    assert "\x1b" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("option", [(), ("--overwrite",)])
+def test_after_an_interrupt_the_same_command_continues(tmp_path, option):
+    states = random_walk(40)
+    log = write_log(tmp_path / "log", states[:20])
+    # The command waits for further steps until it is interrupted, in its first or in a later stage.
+    drawn, code = on_a_terminal("process", log, tmp_path / "out", *option, when=("describe", signal.SIGINT))
+    assert code == 1
+    assert "natgrad: interrupted. What is finished is stored: " in drawn
+    assert ("without --overwrite, " in drawn) == bool(option)
+    done = answer("process", log, tmp_path / "out")
+    assert done["steps"] == 20
+
+
+@pytest.mark.parametrize("command", ["process", "ingest"])
+def test_a_missing_out_is_named(command, monkeypatch):
+    done = natgrad(command, "logs/my run")
+    assert done.returncode == 2
+    assert "OUT is missing" in done.stderr
+    assert f"natgrad {command} 'logs/my run' OUT" in done.stderr
+    assert "OUT" in natgrad(command).stderr
+
+
+def test_a_summary_is_printed_whatever_the_encoding_of_the_output(run):
+    done = natgrad_process("info", run[1], environment={"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"angle course +[1-8 ]+  0", done.stdout)
+    assert re.search("angle course +[▁▂▃▄▅▆▇█ ]+  0", natgrad("info", run[1]).stdout)
+    assert "worst tensors\n  tensor " in done.stdout

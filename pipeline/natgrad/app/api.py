@@ -115,7 +115,7 @@ def ingest(
             **options.selected(options.ReadOptions, values),
             overwrite=values["overwrite"] and first,
             wait=wait,
-            progress=stage(progress, "ingest"),
+            progress=progress,
         )
         return found if first or found.new_steps or found.completed_steps else None
 
@@ -162,7 +162,7 @@ def analyze(
     from natgrad.app import run
 
     analysis = run.Analysis.of(values)
-    return run.analyze_run(out, analysis, progress=stage(progress, "analyze"))
+    return run.analyze_run(out, analysis, progress=progress)
 
 
 @options.with_options(options.VersionOptions)

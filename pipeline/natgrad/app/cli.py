@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import inspect
 import json
 import logging
+import shlex
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
 import typer
 
 from natgrad.app import options
 from natgrad.schema.errors import InputError
 from natgrad.schema.summary import Summary, summary_lines
-from natgrad.schema.text import printable, table_lines
+from natgrad.schema.text import encodable, printable, table_lines
 
 if TYPE_CHECKING:
     from typing import TextIO
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 else:
     _StreamHandler = logging.StreamHandler
 
-__all__ = ["Output", "app", "command_options", "main", "program"]
+__all__ = ["Output", "app", "command_options", "interruptible", "main", "program"]
 
 app = typer.Typer(
     name="natgrad",
@@ -47,6 +49,9 @@ _COLLECTOR_SECONDS = 10.0
 
 For a small run, the search takes a sixth of the processor time, most of it at the end, and finds nothing of note.
 """
+
+RUN_AGAIN = "What is finished is stored: run the same command again to continue."
+"""Advice after an interrupt."""
 
 _LAST = ("as_json", "quiet")
 """Parameters that the help of a command lists last."""
@@ -67,8 +72,18 @@ def command_options(kind: Any = options.NoOptions) -> Callable[[F], F]:
         signature = inspect.signature(command)
         ordered = sorted(signature.parameters.values(), key=lambda one: one.name in _LAST)
         parameters = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in ordered]
-        command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]  # Typer reads it
-        return command
+        if {"source", "out"} <= {*signature.parameters}:
+            # Typer takes a single path as OUT, and would say that SOURCE is missing.
+            parameters = [one.replace(default=[]) if one.name == "source" else one for one in parameters]
+
+        @functools.wraps(command)
+        def complete(**values: Any) -> Any:
+            if "source" in values and not values["source"]:
+                raise _missing_out([values["out"]])
+            return command(**values)
+
+        complete.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]  # Typer reads it
+        return cast(F, complete)
 
     return decorate
 
@@ -149,19 +164,44 @@ class Output:
         logger.setLevel(logging.WARNING if quiet else logging.INFO)
 
     @contextmanager
-    def progress(self, prefix: str = "") -> Iterator[StageProgress]:
-        """Draw a progress bar for each stage on a terminal, and nothing otherwise."""
+    def progress(self, prefix: str = "", *, again: str = RUN_AGAIN) -> Iterator[StageProgress]:
+        """Draw a progress bar for each stage on a terminal, and nothing otherwise.
+
+        Parameters
+        ----------
+        prefix : str
+            Text before the name of a stage.
+        again : str
+            Advice after an interrupt by the user.
+        """
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        from natgrad.app.progress import ITEMS
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+        )
         disabled = self.quiet or not self.console.is_terminal
-        with Progress(*columns, console=self.console, disable=disabled) as bars:
+        with interruptible(again), Progress(*columns, console=self.console, disable=disabled) as bars:
             tasks: dict[str, Any] = {}
+            # A large log takes a while to list, before the number of its states is known.
+            waiting = bars.add_task(f"{prefix}look for the log", total=None, rate="")
 
             def show(stage: str, done: int, total: int) -> None:
+                if not tasks:
+                    bars.remove_task(waiting)
                 if stage not in tasks:
-                    tasks[stage] = bars.add_task(prefix + stage, total=None)
+                    tasks[stage] = bars.add_task(prefix + stage, total=None, rate="")
                 bars.update(tasks[stage], completed=done, total=total)
+                task = bars.tasks[bars.task_ids.index(tasks[stage])]
+                seconds = task.finished_time or task.elapsed
+                if stage in ITEMS and done and seconds:
+                    rate = done / seconds
+                    bars.update(tasks[stage], rate=f"{rate:{'.3g' if rate < 100 else '.0f'}} {ITEMS[stage]}/s")
 
             yield show
 
@@ -171,9 +211,39 @@ class Output:
         if self.as_json:
             sys.stdout.write(json.dumps(values) + "\n")
         elif isinstance(summary, Summary):
-            sys.stdout.write(str(summary))
+            write(str(summary))
         else:
-            sys.stdout.write("".join(summary_lines(values)))
+            write("".join(summary_lines(values)))
+
+
+def write(text: str) -> None:
+    """Print a text, also if standard output cannot represent all of its characters."""
+    sys.stdout.write(encodable(text, sys.stdout.encoding or "utf-8"))
+
+
+@contextmanager
+def interruptible(again: str = RUN_AGAIN) -> Iterator[None]:
+    """Tell the user how to continue after an interrupt, and exit with 1."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        sys.stderr.write(f"natgrad: interrupted. {again}\n")
+        raise typer.Exit(1) from interrupt
+
+
+def _again(values: Mapping[str, Any]) -> str:
+    """Return how to continue a command that reads a log."""
+    return RUN_AGAIN.replace(":", ": without --overwrite,") if values["overwrite"] else RUN_AGAIN
+
+
+def _missing_out(paths: Sequence[Any]) -> InputError:
+    return InputError(
+        "OUT is missing: the folder or URL for the stores, the results and the report",
+        where="arguments SOURCE and OUT",
+        why=f"the only path is {paths[0]}, which is taken as SOURCE" if paths else "there is no path",
+        remedy=f"add OUT at the end: natgrad {sys.argv[1] if sys.argv[1:] else 'process'} "
+        f"{shlex.quote(str(paths[0])) if paths else 'SOURCE'} OUT",
+    )
 
 
 def _split_arguments(source: Any, out: options.Out, values: dict[str, Any]) -> tuple[Any, options.Out]:
@@ -184,7 +254,7 @@ def _split_arguments(source: Any, out: options.Out, values: dict[str, Any]) -> t
     pairs = [word for word in words if mapping and str(word).partition("=")[0] in QUANTITIES and "=" in str(word)]
     paths = [word for word in words if word not in pairs]
     if len(paths) < 2:
-        raise typer.BadParameter("SOURCE and OUT are required")
+        raise _missing_out(paths)
     if pairs:
         values["mapping"] = [*("=".join(pair) for pair in mapping.items()), *map(str, pairs)]
     return paths[:-1], paths[-1]
@@ -218,7 +288,7 @@ def process(
 
     output = Output(as_json, quiet)
     source, out = _split_arguments(source, out, values)
-    with output.progress() as progress:
+    with output.progress(again=_again(values)) as progress:
         summary = api.process(source, out, progress=progress, **values)
     output.show(summary)
 
@@ -237,7 +307,7 @@ def ingest(
 
     output = Output(as_json, quiet)
     source, out = _split_arguments(source, out, values)
-    with output.progress() as progress:
+    with output.progress(again=_again(values)) as progress:
         summary = api.ingest(source, out, progress=progress, **values)
     output.show(summary)
 
@@ -328,7 +398,7 @@ def versions(
         output.show({"versions": found})
         return
     for row in found:
-        sys.stdout.write(printable("  ".join((row["version"], row["time"], row["message"], *row["tags"]))) + "\n")
+        write(printable("  ".join((row["version"], row["time"], row["message"], *row["tags"]))) + "\n")
 
 
 @app.command()
@@ -346,7 +416,7 @@ def status(root: options.StatusRoot, as_json: options.Json = False, quiet: optio
     for row in runs:
         cells = [row[name] for name in ("run", "state", "last_step", "lag", "processed", "error")]
         table.append(["-" if cell is None else str(cell).partition("\n")[0] for cell in cells])
-    sys.stdout.write("".join(table_lines(table)))
+    write("".join(table_lines(table)))
 
 
 @app.command()

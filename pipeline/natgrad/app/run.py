@@ -13,9 +13,10 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from natgrad.app import options
+from natgrad.app.copying import LARGE_LOG_BYTES, copy_notice
 from natgrad.app.folder import RunFolder
 from natgrad.app.memory import memory_errors
-from natgrad.app.progress import Progress, StageProgress, stage
+from natgrad.app.progress import StageProgress, stage
 from natgrad.app.summaries import AnalysisSummary, IngestSummary, ProcessSummary, Report
 from natgrad.compute import executors
 from natgrad.compute.clusters import require_cluster, require_configuration
@@ -49,9 +50,6 @@ __all__ = [
 
 RUNS_SHOWN = 8
 """Number of runs of a sweep that a page shows."""
-
-_LARGE_LOG_BYTES = 1_000_000_000
-"""Bytes of states from which on a copy of a log is announced."""
 
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 """Error codes of a location in which no file can be created."""
@@ -191,7 +189,7 @@ def ingest_run(
     wait: StepWait | None = None,
     limits: IngestLimits = IngestLimits(),
     analysis: Analysis | None = None,
-    progress: Progress | None = None,
+    progress: StageProgress | None = None,
 ) -> IngestSummary:
     """Read the new steps of the logs of a run into the trajectory of OUT; see `natgrad.ingestion.ingest`.
 
@@ -204,15 +202,10 @@ def ingest_run(
     def check_shape(shape: TrajectoryShape) -> None:
         shapes.append(shape)
         # A log that is followed may be rotated.
-        large = wait is None and not in_place and shape.state_bytes > _LARGE_LOG_BYTES
+        large = wait is None and not in_place and shape.state_bytes > LARGE_LOG_BYTES
         local = all(log.local_path is not None for log in sources)
         if large and local and (overwrite or not exists(folder.trajectory)):
-            _log.info(
-                "%.1f GB of states are copied into %s; --in-place reads them from the files of the log instead, "
-                "which must then stay as they are",
-                shape.state_bytes / 1e9,
-                folder.trajectory,
-            )
+            _log.info("%s", copy_notice(sources, folder.trajectory, shape.state_bytes))
         if analysis is not None:
             analysis.check_pass(shape, folder.ledger)
 
@@ -239,7 +232,8 @@ def ingest_run(
             limits=limits,
             check=None if analysis is None else analysis.check,
             check_shape=check_shape,
-            progress=progress,
+            describing=stage(progress, "describe"),
+            progress=stage(progress, "ingest"),
         )
 
 
@@ -248,7 +242,7 @@ def analyze_run(
     analysis: Analysis = Analysis(),
     *,
     limits: PlanLimits = PlanLimits(),
-    progress: Progress | None = None,
+    progress: StageProgress | None = None,
 ) -> AnalysisSummary:
     """Compute the missing part of the ledger of OUT, and the results from it.
 
@@ -270,7 +264,7 @@ def _analyze(
     folder: RunFolder,
     analysis: Analysis,
     limits: PlanLimits,
-    progress: Progress | None,
+    progress: StageProgress | None,
     executor: executors.Executor,
 ) -> AnalysisSummary:
     trajectory = Trajectory(folder.trajectory)
@@ -285,7 +279,7 @@ def _analyze(
         memory_limit=analysis.memory_limit,
         limits=limits,
         trust_states=analysis.trust_states,
-        progress=progress,
+        progress=stage(progress, "analyze"),
     )
     folder = RunFolder(folder.storage.latest())
     states = Trajectory(folder.trajectory)
@@ -349,6 +343,7 @@ def _analyze(
             windows=analysis.windows,
             provenance=provenance,
             additional=additional,
+            progress=stage(progress, "results"),
         )
         for text in built.summary["objective"]["warnings"]:
             _log.warning("%s", text)
@@ -369,6 +364,7 @@ def report_run(
     outs: Sequence[Location] | Mapping[str, Location],
     page: Location | None = None,
     version: str | None = None,
+    progress: StageProgress | None = None,
 ) -> Report:
     """Write the report page of one or several runs.
 
@@ -380,12 +376,16 @@ def report_run(
         Default: ``report.html`` in the first OUT.
     version : str, optional
         Version of an Icechunk repository to draw: id, tag or time. Requires ``page``.
+    progress : callable, optional
+        Called with the stage, the items done and the total number of items.
 
     Raises
     ------
     InputError
         If there are no results.
     """
+    drawn = stage(progress, "report") or (lambda done, total: None)
+    drawn(0, 1)
     named = {name: RunFolder.of(out, version=version) for name, out in _named(outs).items()}
     if version is not None and page is None:
         raise InputError(
@@ -404,14 +404,16 @@ def report_run(
                 remedy=f"use the name of a file, for example {page / 'report.html'}",
             )
         try:
-            return _write_page(named, page)
+            found = _write_page(named, page)
         except results.Damaged as error:
             if version is not None:
                 raise
             damaged = [folder for folder in named.values() if error.where.startswith(f"{folder.results}/")]
             for folder in damaged:
                 _compute_results_again(folder, error)
-            return _write_page(named, page)
+            found = _write_page(named, page)
+    drawn(1, 1)
+    return found
 
 
 def _write_page(named: Mapping[str, RunFolder], page: Storage) -> Report:
@@ -496,7 +498,7 @@ def process_run(
         overwrite=overwrite,
         wait=wait,
         analysis=analysis,
-        progress=stage(progress, "ingest"),
+        progress=progress,
     )
     if wait is not None and ingested.steps < 2:
         raise NotYet(
@@ -507,8 +509,8 @@ def process_run(
         )
     if skip_unchanged and not ingested.new_steps and not ingested.completed_steps:
         return None
-    analyzed = analyze_run(out, analysis, progress=stage(progress, "analyze"))
-    return ProcessSummary(**vars(ingested), **vars(analyzed), **vars(report_run([out])))
+    analyzed = analyze_run(out, analysis, progress=progress)
+    return ProcessSummary(**vars(ingested), **vars(analyzed), **vars(report_run([out], progress=progress)))
 
 
 def _trees(named: Mapping[str, RunFolder]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from natgrad.app import run
-from natgrad.app.progress import StageProgress, stage
+from natgrad.app.progress import StageProgress
 from natgrad.storage import Location
 
 __all__ = ["analyze_stage", "ingest_stage", "process_stages", "report_stage"]
@@ -20,18 +20,18 @@ def ingest_stage(
     progress: StageProgress,
 ) -> dict[str, Any]:
     """Ingest a run; see `natgrad.app.run.ingest_run`."""
-    summary = run.ingest_run(source, out, **values, analysis=analysis, progress=stage(progress, "ingest"))
+    summary = run.ingest_run(source, out, **values, analysis=analysis, progress=progress)
     return summary.to_json()
 
 
 def analyze_stage(out: Location, analysis: run.Analysis, progress: StageProgress) -> dict[str, Any]:
     """Analyze a run; see `natgrad.app.run.analyze_run`."""
-    return run.analyze_run(out, analysis, progress=stage(progress, "analyze")).to_json()
+    return run.analyze_run(out, analysis, progress=progress).to_json()
 
 
 def report_stage(out: Location, progress: StageProgress) -> dict[str, Any]:
     """Write the report of a run; see `natgrad.app.run.report_run`."""
-    return run.report_run([out]).to_json()
+    return run.report_run([out], progress=progress).to_json()
 
 
 def process_stages(

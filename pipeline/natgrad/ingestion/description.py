@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import promote
@@ -75,6 +75,7 @@ def describe_steps(
     optimizer: bool,
     tensors: Collection[str] | None = None,
     gradients: bool | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[LoggedStep, StepContent]:
     """Describe steps, and check that all have the same arrays and tensors.
 
@@ -93,6 +94,8 @@ def describe_steps(
         Trained tensors of the trajectory. Default: those of the first step.
     gradients : bool, optional
         The trajectory has gradients. Default: the first step decides, unless it is the last one of its run.
+    progress : callable, optional
+        Called with the number of steps described and their total number.
 
     Returns
     -------
@@ -112,7 +115,9 @@ def describe_steps(
     differences: dict[tuple[str, str, str], list[str]] = {}
     ends = set({step.run: step for step in steps}.values())
     first = next((step for step in steps if step not in ends), steps[0])
-    for step in (first, *(step for step in steps if step != first)):
+    for done, step in enumerate((first, *(step for step in steps if step != first))):
+        if progress is not None:
+            progress(done, len(steps))
         with log.open(step) as reader:
             trained = tensors if first not in contents else tuple(contents[first].arrays[STATES[0]])
             content = reader.content()

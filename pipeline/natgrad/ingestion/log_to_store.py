@@ -132,6 +132,7 @@ def ingest(
     limits: IngestLimits = IngestLimits(),
     check: Callable[[Extent], None] | None = None,
     check_shape: Callable[[TrajectoryShape], None] | None = None,
+    describing: Progress | None = None,
     progress: Progress | None = None,
 ) -> IngestSummary:
     """Read those steps of a training log that the trajectory does not contain yet.
@@ -178,6 +179,8 @@ def ingest(
     check_shape : callable, optional
         Called with the future shape of the trajectory if there are new steps, after they are described and before
         anything is stored. It may also raise an InputError.
+    describing : callable, optional
+        Called with the number of steps whose contents are known and their total number, before any is copied.
     progress : callable, optional
         Called with the number of steps done and the total number of steps.
 
@@ -224,6 +227,7 @@ def ingest(
                 limits=limits,
                 check=check,
                 check_shape=check_shape,
+                describing=describing,
                 progress=progress,
                 stored=stored,
                 completed=completed,
@@ -257,6 +261,7 @@ def _ingest(
     limits: IngestLimits,
     check: Callable[[Extent], None] | None,
     check_shape: Callable[[TrajectoryShape], None] | None,
+    describing: Progress | None,
     progress: Progress | None,
     stored: list[int],
     completed: list[int],
@@ -293,7 +298,9 @@ def _ingest(
             tensors, gradients = None, None
             if trajectory is not None:
                 tensors, gradients = trajectory.layout.names, trajectory.has_gradient
-            contents = describe_steps(log, steps, warnings, optimizer, tensors, gradients)
+            contents = describe_steps(log, steps, warnings, optimizer, tensors, gradients, describing)
+            if describing is not None:
+                describing(len(steps), len(steps))
             model = next(iter(contents))
             with_gradient = [step for step in steps if "gradient" in contents[step].arrays]
             misaligned = "" if trajectory is not None else misalignment(log, with_gradient, contents[model])

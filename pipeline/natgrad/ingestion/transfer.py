@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -240,13 +240,18 @@ class Writer:
             per_commit = max(per_commit, -(-_LOCATED_STATES // steps) * steps)
         lacking = self._lacking(new)
         done = 0
+
+        def report(start: int, states: int = 0) -> None:
+            if progress is not None:
+                progress(start + states, len(new))
+
         while done < len(new):
             # The first commit completes the chunk that an earlier ingest left incomplete.
             count = per_commit - self._trajectory.n_fixed % steps
-            self._commit(new[done : done + count], lacking[done : done + count], done + count >= len(new))
+            part = slice(done, done + count)
+            self._commit(new[part], lacking[part], done + count >= len(new), partial(report, done))
             done = min(done + count, len(new))
-            if progress is not None:
-                progress(done, len(new))
+            report(done)
         for name, (count, step) in self._copied.items():
             self._warnings.append(
                 f"{name} of {count} of {len(new)} new steps is copied, because it is not plain bytes of one dtype "
@@ -302,7 +307,13 @@ class Writer:
             before = state
         return found
 
-    def _commit(self, new: Sequence[NewState], lacking: Sequence[Sequence[str]], is_end: bool) -> None:
+    def _commit(
+        self,
+        new: Sequence[NewState],
+        lacking: Sequence[Sequence[str]],
+        is_end: bool,
+        report: Callable[[int], None],
+    ) -> None:
         trajectory = self._trajectory
         for state in new:
             self._require_unchanged(state)
@@ -317,6 +328,8 @@ class Writer:
             count = min(steps - (start + position) % steps, len(new) - position)
             self._write_chunks(new, position, count, start + position, checksums)
             position += count
+            if position < len(new):  # the end is reported after the commit
+                report(position)
         for state in new:
             self._require_unchanged(state)
         for index, state in enumerate(new):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-__all__ = ["printable", "sparkline", "table_lines"]
+__all__ = ["encodable", "printable", "sparkline", "table_lines"]
 
 _LEVELS = "▁▂▃▄▅▆▇█"
 
@@ -27,6 +27,28 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def encodable(text: str, encoding: str) -> str:
+    """Return a text that an encoding can represent: blocks become digits, other characters escape sequences.
+
+    Parameters
+    ----------
+    text : str
+    encoding : str
+        Name of the encoding, for example that of standard output.
+
+    Examples
+    --------
+    >>> encodable("▁█ é", "ascii")
+    X
+    """
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        digits = text.translate({ord(block): str(level) for level, block in enumerate(_LEVELS, start=1)})
+        return digits.encode(encoding, "backslashreplace").decode(encoding)
+    return text
 
 
 def table_lines(rows: Sequence[Sequence[str]]) -> Iterator[str]:
