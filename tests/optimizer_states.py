@@ -8,7 +8,8 @@ import numpy as np
 from lazy import Lazy
 from natgrad.sources.base import StepContent
 from natgrad.sources.container import Container
-from natgrad.sources.names import CHECKPOINT, NamedStep
+from natgrad.sources.named_step import NamedStep
+from natgrad.sources.names import CHECKPOINT
 from natgrad.sources.recovered import Recovered
 from natgrad.sources.steps import LoggedStep
 from natgrad.storage import open_storage

@@ -157,6 +157,39 @@ def test_the_bits_are_those_of_copied_states_in_every_dtype(tmp_path, dtype):
     require_equal(write_log(tmp_path / "log", random_walk(STATES, TENSORS, dtype)), tmp_path)
 
 
+def write_in_order(path, arrays, metadata):
+    """Write a safetensors file with the tensors in this order; the library sorts them."""
+    header, end = {"__metadata__": metadata}, 0
+    for name, array in arrays.items():
+        header[name] = {"dtype": "F32", "shape": array.shape, "data_offsets": [end, end := end + array.nbytes]}
+    text = json.dumps(header).encode()
+    path.write_bytes(b"".join((len(text).to_bytes(8, "little"), text, *(a.tobytes() for a in arrays.values()))))
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["one source", "two sources"])
+def test_files_whose_tensors_are_at_other_places_are_located_one_by_one(tmp_path, several):
+    random = np.random.default_rng(0)
+    sources = [tmp_path / "one", tmp_path / "two"][: 1 + several]
+    for source in sources:
+        source.mkdir()
+    for step in range(24):
+        shapes = {f"{array}/{name}": (2, 3) for array in ("parameter", "gradient") for name in "abc"}
+        arrays = {name: random.normal(size=shapes[name]).astype("f4") for name in random.permutation([*shapes])}
+        metadata = {"loss": repr(float(step)), "note": "x" * int(random.integers(0, 3))}
+        kind = random.integers(0, 4)
+        for source, array in zip(sources, ("parameter", "gradient") if several else ("",), strict=True):
+            own = {name: values for name, values in arrays.items() if name.startswith(array)}
+            if kind == 0 and not several:
+                np.savez(source / f"step_{step}.npz", loss=float(step), **own)
+            elif kind == 1:
+                other = {f"{'az'[step % 2]}_unused": np.zeros(int(random.integers(1, 4)), "f4")}
+                safetensors_numpy.save_file(own | other, source / f"step_{step}.safetensors", metadata=metadata)
+            else:
+                kept = dict(sorted(own.items())) if kind == 2 else own
+                write_in_order(source / f"step_{step}.safetensors", kept, metadata)
+    require_equal(sources if several else sources[0], tmp_path)
+
+
 @pytest.mark.parametrize("container", ["safetensors", "npz"])
 def test_replicates_and_products_are_read_in_place(tmp_path, container):
     states = with_replicates(random_walk(STATES, {"weight": (4, 3), "bias": (2,)}), 2)

@@ -14,10 +14,10 @@ parts = st.lists(
 )
 
 
-def positions(located):
+def positions(located, starts=(0, 0, 0)):
     """Return the file and offset of each element."""
     return [
-        (file, offset + ITEMSIZE * inside)
+        (file, starts[file] + offset + ITEMSIZE * inside)
         for start, stop, file, offset in zip(
             located.starts[:-1], located.starts[1:], located.files, located.offsets, strict=True
         )
@@ -41,24 +41,30 @@ def test_adjacent_parts_are_merged_and_no_element_moves(parts):
 
 @given(
     st.lists(
-        st.one_of(st.none(), st.tuples(st.lists(parts, min_size=2, max_size=2), st.integers(0, 40))), max_size=6
+        st.one_of(
+            st.none(),
+            st.tuples(st.lists(parts, min_size=2, max_size=2), st.integers(0, 40)),
+            st.lists(st.integers(0, 40), min_size=3, max_size=3),
+        ),
+        max_size=6,
     ),
     st.integers(0, 3),
 )
 def test_a_record_contains_the_references_that_were_written(states, start):
     files = [ReferencedFile(f"/log/{index}", 100 + index, index) for index in range(3)]
-    written = [
-        None
-        if state is None
-        else StateReference(
-            tuple(files),
-            {
+    written = []
+    for state in states:
+        before = next((known for known in reversed(written) if known is not None), None)
+        if isinstance(state, list) and before is not None:  # at other positions of its files
+            written.append(StateReference(tuple(files), before.arrays, tuple(state)))
+        elif isinstance(state, tuple):
+            arrays = {
                 name: merged([(n, file, offset + 4 * state[1]) for n, file, offset in own], ITEMSIZE)
                 for name, own in zip(("parameter", "gradient"), state[0], strict=True)
-            },
-        )
-        for state in states
-    ]
+            }
+            written.append(StateReference(tuple(files), arrays))
+        else:
+            written.append(None)
     read = References([(start, encode(written))])
     for index, state in enumerate(written, start):
         found = read.state(index)
@@ -66,8 +72,8 @@ def test_a_record_contains_the_references_that_were_written(states, start):
         assert read.has("parameter", index) == (state is not None)
         if state is not None:
             assert found.files == state.files
-            assert {name: positions(pieces) for name, pieces in found.arrays.items()} == {
-                name: positions(pieces) for name, pieces in state.arrays.items()
+            assert {name: positions(pieces, found.starts) for name, pieces in found.arrays.items()} == {
+                name: positions(pieces, state.starts or (0, 0, 0)) for name, pieces in state.arrays.items()
             }
 
 

@@ -9,7 +9,7 @@ from natgrad.schema.errors import InputError
 from natgrad.schema.layout import promote
 from natgrad.schema.names import OPTIMIZER_STATES, REPLICATE_LOSS, REPLICATE_STATES, STATES, WITHOUT_STATE
 from natgrad.sources.base import Source, StepContent
-from natgrad.sources.completion import complete, not_at_every_step
+from natgrad.sources.completion import Completion, not_at_every_step
 from natgrad.sources.steps import LoggedStep, LoggedTensor, NotYet, where
 from natgrad.store import Trajectory
 
@@ -115,11 +115,11 @@ def describe_steps(
     differences: dict[tuple[str, str, str], list[str]] = {}
     ends = set({step.run: step for step in steps}.values())
     first = next((step for step in steps if step not in ends), steps[0])
+    completion, trained = Completion(), tensors
     for done, step in enumerate((first, *(step for step in steps if step != first))):
         if progress is not None:
             progress(done, len(steps))
         with log.open(step) as reader:
-            trained = tensors if first not in contents else tuple(contents[first].arrays[STATES[0]])
             content = reader.content()
             if gradients is None:
                 gradients = bool(content.arrays.get(STATES[1]))
@@ -132,7 +132,7 @@ def describe_steps(
                     )
             elif not gradients and tensors is not None and content.arrays.get(STATES[1]):
                 raise _now_with_gradients(step, next(iter(content.arrays[STATES[1]])))
-            content = complete(
+            content = completion.of(
                 step,
                 content,
                 optimizer=optimizer,
@@ -146,6 +146,8 @@ def describe_steps(
         for entry in content.differences:
             values = differences.setdefault((entry.quantity, entry.used, entry.other), [])
             values.append(f"{entry.value!r} and {entry.other_value!r} at step {step.number}")
+        if step == first:
+            trained = tuple(content.arrays[STATES[0]])
         # Steps with equal descriptions share one object, because a long run of a large model has many steps.
         same = contents.get(first)
         arrays = same.arrays if same is not None and same.arrays == content.arrays else content.arrays
@@ -185,6 +187,8 @@ def _require_same_model(
     names = (*STATES, *REPLICATE_STATES)
     for name in (name for name in names if name in model.arrays or name in content.arrays):
         have, expect = content.arrays.get(name), model.arrays.get(name)
+        if have == expect:
+            continue
         if have is None and is_last:
             continue
         if have is None or expect is None:

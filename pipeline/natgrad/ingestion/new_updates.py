@@ -19,7 +19,7 @@ from natgrad.ingestion.description import (
     stored_dtypes,
     stores_optimizer,
 )
-from natgrad.ingestion.in_place import reference_of
+from natgrad.ingestion.in_place import Locator
 from natgrad.ingestion.transfer import NewState, fill_state
 from natgrad.ingestion.waiting import Gap, StepWait
 from natgrad.schema.errors import InputError
@@ -252,6 +252,8 @@ class _Committed:
         New identity of the source, by state.
     references : dict
         New location of the arrays, by state, if they are not copied.
+    locator : Locator
+        Finds such locations.
     unread : set of LoggedStep
         Changed steps whose former tensors were never read, so that they cannot be compared.
     again : set of LoggedStep
@@ -263,6 +265,7 @@ class _Committed:
         self.lacking = trajectory.lacking()
         self.confirmed: dict[int, dict[str, Any]] = {}
         self.references: dict[int, StateReference] = {}
+        self.locator = Locator(trajectory)
         self.unread: set[LoggedStep] = set()
         self.again: set[LoggedStep] = set()
         steps, attempts, runs = (trajectory.scalar(name).tolist() for name in (STEP, ATTEMPT, RUN))
@@ -497,7 +500,7 @@ def _difference(
                 fill_state(reader, content, name, dtype, trajectory.layout, first, last, buffer)
                 if checksum(buffer[: last - first]) != recorded[0, column]:
                     return f"a different {name}", False
-        located = reference_of(reader, step, content, trajectory) if trajectory.in_place else None
+        located = committed.locator.reference_of(reader, step, content) if trajectory.in_place else None
         if located is not None:
             committed.references[state] = located
     return "", other_scalars

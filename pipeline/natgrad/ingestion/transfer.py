@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from natgrad.ingestion.description import scalar_of
-from natgrad.ingestion.in_place import reference_of
+from natgrad.ingestion.in_place import Locator
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import IngestLimits, Layout, TrajectoryShape, missing_word, storage_dtype, widened
 from natgrad.schema.logs import logger
@@ -226,6 +226,7 @@ class Writer:
         names = list(trajectory.dtypes)
         self._together = [names] if trajectory.chunk[0] > 1 else [[name] for name in names]
         self._buffers: dict[str, NDArray[Any]] = {}
+        self._locator = Locator(trajectory)
         # For the states of one commit, and of arrays that had to be copied, the number of steps and the first one.
         self._references: list[StateReference | None] = []
         self._copied: dict[str, tuple[int, LoggedStep]] = {}
@@ -362,7 +363,7 @@ class Writer:
             return self._trajectory.references.state(state.repeats)
         content = self._contents[state.step]
         with self._log.open(state.step) as reader:
-            found = reference_of(reader, state.step, content, self._trajectory)
+            found = self._locator.reference_of(reader, state.step, content)
         for name in self._trajectory.dtypes:
             if replicate_of(name)[0] in content.arrays and (found is None or name not in found.arrays):
                 count, first = self._copied.get(name, (0, state.step))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from natgrad.schema.errors import InputError
 from natgrad.schema.names import REPLICATE_LOSS, REPLICATE_PARAMETER
-from natgrad.sources.byte_ranges import ByteRange
+from natgrad.sources.byte_ranges import ByteRange, Placement
 from natgrad.sources.optimizers.state import OptimizerState
 from natgrad.sources.steps import LoggedStep, LoggedTensor
 from natgrad.storage import Storage
@@ -162,6 +162,10 @@ class Ranged(Protocol):
         array, tensor : str
             Names from `StepReader.content`.
         """
+        ...
+
+    def placement(self, arrays: Collection[str]) -> Placement | None:
+        """Return where the ranges of some arrays begin, to compare steps; None if steps cannot be compared."""
         ...
 
 

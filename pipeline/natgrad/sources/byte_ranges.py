@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from natgrad.storage import Storage
 
-__all__ = ["ByteRange", "of_boxes", "part_of", "runs_of"]
+__all__ = ["ByteRange", "Placement", "of_boxes", "part_of", "runs_of"]
 
 _RUNS_LIMIT = 1 << 12
 """Most contiguous ranges of a tensor. Reading more of them takes longer than copying the tensor."""
@@ -30,6 +31,32 @@ class ByteRange(NamedTuple):
     file: Storage
     offset: int
     elements: int
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the ranges of some tensors of a step begin.
+
+    The steps of a run usually have their tensors at the same places of their files. If two placements have equal
+    tables, the ranges of a tensor differ only in the files, and in their offsets by the difference of ``starts``.
+
+    Attributes
+    ----------
+    table : object
+        What determines the ranges otherwise. Only its equality has a meaning.
+    files : tuple of Storage
+        All files of the ranges.
+    starts : tuple of int
+        An offset in each file.
+    """
+
+    table: object
+    files: tuple[Storage, ...]
+    starts: tuple[int, ...]
+
+    def of(self, table: object) -> Placement:
+        """Return a copy with another table."""
+        return replace(self, table=table)
 
 
 def part_of(ranges: Sequence[ByteRange] | None, itemsize: int, start: int, elements: int) -> list[ByteRange] | None:

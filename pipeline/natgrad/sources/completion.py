@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from typing import Any
 
 from natgrad.schema.errors import InputError
 from natgrad.schema.names import REPLICATE_LOSS, REPLICATE_PARAMETER, REPLICATE_STATES, STATES
@@ -16,7 +17,7 @@ from natgrad.sources.base import StepContent
 from natgrad.sources.optimizers.state import OptimizerState
 from natgrad.sources.steps import LoggedStep, LoggedTensor, is_running_statistic, where
 
-__all__ = ["complete", "not_at_every_step"]
+__all__ = ["Completion", "complete", "not_at_every_step"]
 
 _NAMES_LIMIT = 24
 """Maximum number of tensor names in a note."""
@@ -159,6 +160,31 @@ def complete(
                 f"{missing[0]!r}"
             )
     return replace(content, arrays=selected, notes=tuple(notes), optimizer=state)
+
+
+class Completion:
+    """Completes the steps of a log, once for consecutive steps that differ in numbers only; see `complete`."""
+
+    def __init__(self) -> None:
+        self._last: tuple[StepContent, dict[str, Any], StepContent] | None = None
+
+    def of(self, step: LoggedStep, content: StepContent, **options: Any) -> StepContent:
+        """Return ``complete(step, content, **options)``."""
+        if self._last is not None:
+            before, before_options, completed = self._last
+            same_count = len(content.replicate_loss) == len(before.replicate_loss)
+            if same_count and options == before_options and _with_numbers(content, before) == before:
+                return _with_numbers(completed, content)
+        completed = complete(step, content, **options)
+        self._last = content, options, completed
+        return completed
+
+
+def _with_numbers(content: StepContent, numbers: StepContent) -> StepContent:
+    """Return a description with the numbers of another step."""
+    return replace(
+        content, scalars=numbers.scalars, replicate_loss=numbers.replicate_loss, differences=numbers.differences
+    )
 
 
 def _omit_untrained(parameters: dict[str, LoggedTensor], optimizer: OptimizerState | None) -> list[str]:

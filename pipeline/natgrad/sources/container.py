@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import widened
 from natgrad.sources.bounds import TENSOR_OPERATIONS, Budget, shape_of, shown
-from natgrad.sources.byte_ranges import ByteRange
+from natgrad.sources.byte_ranges import ByteRange, Placement
 from natgrad.sources.steps import LoggedStep, LoggedTensor, Unreadable, vanished, where
 from natgrad.storage import NotRegularError, Storage, network_errors, open_regular
 from natgrad.storage.local import read_at
@@ -136,6 +136,10 @@ class Container:
 
     def ranges(self, key: str) -> Sequence[ByteRange] | None:
         """Return where the elements of a tensor are in its files; see `natgrad.sources.base.Ranged`."""
+        return None
+
+    def placement(self) -> Placement | None:
+        """Return where the ranges of all tensors begin; see `natgrad.sources.base.Ranged`."""
         return None
 
     def number(self, key: str) -> float | None:

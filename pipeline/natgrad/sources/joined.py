@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,7 +13,7 @@ from natgrad.schema.errors import InputError
 from natgrad.schema.logs import logger
 from natgrad.schema.names import REPLICATE_LOSS, REPLICATE_STATES, STATES
 from natgrad.sources.base import Difference, Ranged, Source, StepContent, StepReader, Unshaped
-from natgrad.sources.byte_ranges import ByteRange
+from natgrad.sources.byte_ranges import ByteRange, Placement
 from natgrad.sources.names import STATE_QUANTITIES
 from natgrad.sources.optimizers.state import OptimizerState
 from natgrad.sources.scalars.scalar_log import ScalarLog
@@ -322,6 +322,23 @@ class _JoinedStep:
         """Return where the elements of a tensor are; see `natgrad.sources.base.Ranged`."""
         owner = self._owner(array)
         return owner.ranges(array, tensor) if isinstance(owner, Ranged) else None
+
+    def placement(self, arrays: Collection[str]) -> Placement | None:
+        """Return where the ranges of some arrays begin; see `natgrad.sources.base.Ranged`."""
+        readers = list({id(owner): owner for owner in map(self._owner, arrays)}.values())
+        owned = [[array for array in arrays if self._owner(array) is reader] for reader in readers]
+        found = [
+            reader.placement(own) if isinstance(reader, Ranged) else None
+            for reader, own in zip(readers, owned, strict=True)
+        ]
+        parts = [part for part in found if part is not None]
+        if len(parts) < len(found):
+            return None
+        return Placement(
+            (owned, [part.table for part in parts]),
+            tuple(file for part in parts for file in part.files),
+            tuple(start for part in parts for start in part.starts),
+        )
 
     def _owner(self, array: str) -> StepReader:
         if self._owners is None:

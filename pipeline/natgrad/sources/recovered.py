@@ -7,7 +7,7 @@ none. States that no update connects, and updates that the optimizer skipped, ha
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from natgrad.schema.errors import InputError
 from natgrad.schema.names import RECOVERY, STATES
 from natgrad.sources.base import Ranged, Source, StepContent, StepReader
-from natgrad.sources.byte_ranges import ByteRange
+from natgrad.sources.byte_ranges import ByteRange, Placement
 from natgrad.sources.optimizers.recovery import GRADES, RULE_NAMES, NotInvertible, TensorUpdate, keeps_state
 from natgrad.sources.optimizers.state import OptimizerState
 from natgrad.sources.steps import LoggedStep, LoggedTensor, Unreadable, where
@@ -178,6 +178,11 @@ class _RecoveredStep:
         if array == _GRADIENT:
             return None
         return self._reader.ranges(array, tensor) if isinstance(self._reader, Ranged) else None
+
+    def placement(self, arrays: Collection[str]) -> Placement | None:
+        """Return where the ranges of some arrays begin; see `natgrad.sources.base.Ranged`."""
+        logged = [array for array in arrays if array != _GRADIENT]
+        return self._reader.placement(logged) if isinstance(self._reader, Ranged) else None
 
     def recovery(self) -> Mapping[str, Mapping[str, float]]:
         """Check the recovered gradients; see `RecoveredGradients`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from natgrad.schema.names import REPLICATE_STATES, STATES
 from natgrad.sources.base import Ranged, Source, StepContent, StepReader
-from natgrad.sources.byte_ranges import ByteRange
+from natgrad.sources.byte_ranges import ByteRange, Placement
 from natgrad.sources.names import SINGLE_ARRAY
 from natgrad.sources.steps import LoggedStep, LoggedTensor
 from natgrad.storage import Storage
@@ -148,8 +148,17 @@ class _MatchedStep:
         """Return where the elements of a tensor are; see `natgrad.sources.base.Ranged`."""
         return None if self._ranged is None else self._ranged.ranges(array, self._logged_name(array, tensor))
 
+    def placement(self, arrays: Collection[str]) -> Placement | None:
+        """Return where the ranges of some arrays begin; see `natgrad.sources.base.Ranged`."""
+        found = None if self._ranged is None else self._ranged.placement(arrays)
+        return None if found is None else found.of((found.table, self._names))
+
     def _logged_name(self, array: str, tensor: str) -> str:
+        return self._names.get(array, {}).get(tensor, tensor)
+
+    @property
+    def _names(self) -> dict[str, dict[str, str]]:
         if self._logged is None:
             self.content()
         assert self._logged is not None
-        return self._logged.get(array, {}).get(tensor, tensor)
+        return self._logged

@@ -124,13 +124,32 @@ class Pieces:
     files: NDArray[np.int64]
     offsets: NDArray[np.int64]
 
+    @classmethod
+    def from_json(cls, parts: Sequence[Sequence[int]]) -> Pieces:
+        """Return the pieces that `to_json` describes."""
+        return cls(*(np.asarray(part, np.int64) for part in parts))
+
+    def to_json(self) -> list[list[int]]:
+        """Return the starts, files and offsets."""
+        return [part.tolist() for part in (self.starts, self.files, self.offsets)]
+
 
 @dataclass(frozen=True, eq=False)
 class StateReference:
-    """Files of a state, and the pieces of each array that they contain as plain bytes."""
+    """Files of a state, and the pieces of each array that they contain as plain bytes.
+
+    Attributes
+    ----------
+    files : tuple of ReferencedFile
+    arrays : mapping
+        Array to its pieces. States may share this object.
+    starts : tuple of int
+        For each file, a number of bytes to be added to the offsets of its pieces; empty if all are 0.
+    """
 
     files: tuple[ReferencedFile, ...]
     arrays: Mapping[str, Pieces]
+    starts: tuple[int, ...] = ()
 
 
 def merged(parts: Sequence[tuple[int, int, int]], itemsize: int) -> Pieces:
@@ -162,30 +181,45 @@ def encode(states: Sequence[StateReference | None]) -> str:
     """Return the text of a record that lists the references of its states."""
     files: dict[ReferencedFile, int] = {}
     layouts: dict[bytes, int] = {}
+    known: dict[int, tuple[int, list[int]]] = {}
     tables: list[dict[str, list[list[int]]]] = []
     rows: list[Any] = []
     for state in states:
         if state is None:
             rows.append(None)
             continue
-        bases = np.full(len(state.files), np.iinfo(np.int64).max)
-        for pieces in state.arrays.values():
-            np.minimum.at(bases, pieces.files, pieces.offsets)
-        layout = {
-            name: (pieces.starts, pieces.files, pieces.offsets - bases[pieces.files])
-            for name, pieces in state.arrays.items()
-        }
-        key = b"".join(part.tobytes() for parts in layout.values() for part in parts) + "/".join(layout).encode()
-        if key not in layouts:
-            layouts[key] = len(tables)
-            tables.append({name: [part.tolist() for part in parts] for name, parts in layout.items()})
-        rows.append([layouts[key], [files.setdefault(file, len(files)) for file in state.files], bases.tolist()])
+        if id(state.arrays) not in known:
+            layout, bases = _relative(state)
+            parts = [part for pieces in layout.values() for part in (pieces.starts, pieces.files, pieces.offsets)]
+            key = b"".join(part.tobytes() for part in parts) + "/".join(layout).encode()
+            if key not in layouts:
+                layouts[key] = len(tables)
+                tables.append({name: pieces.to_json() for name, pieces in layout.items()})
+            known[id(state.arrays)] = layouts[key], bases
+        number, bases = known[id(state.arrays)]
+        starts = state.starts or (0,) * len(state.files)
+        own = [base + start for base, start in zip(bases, starts, strict=True)]
+        rows.append([number, [files.setdefault(file, len(files)) for file in state.files], own])
     table = {
         "files": [[file.location, file.size, file.time] for file in files],
         "layouts": tables,
         "states": rows,
     }
     return base64.b64encode(zlib.compress(json.dumps(table, separators=(",", ":")).encode())).decode()
+
+
+def _relative(state: StateReference) -> tuple[dict[str, Pieces], list[int]]:
+    """Return pieces with offsets from the first byte in each file, and the offset of this byte."""
+    none = np.iinfo(np.int64).max
+    bases = np.full(len(state.files), none)
+    for pieces in state.arrays.values():
+        np.minimum.at(bases, pieces.files, pieces.offsets)
+    bases[bases == none] = 0
+    relative = {
+        name: Pieces(pieces.starts, pieces.files, pieces.offsets - bases[pieces.files])
+        for name, pieces in state.arrays.items()
+    }
+    return relative, bases.tolist()
 
 
 # Reading ------------------------------------------------------------------------------------------------------
@@ -195,7 +229,7 @@ class _Layout:
     """The pieces of each array, cut at the boundaries of chunk columns."""
 
     def __init__(self, arrays: Mapping[str, Sequence[Sequence[int]]]) -> None:
-        self.arrays = {name: [np.asarray(part, np.int64) for part in parts] for name, parts in arrays.items()}
+        self.pieces = {name: Pieces.from_json(parts) for name, parts in arrays.items()}
         self._columns: dict[tuple[str, int, int, int], tuple[NDArray[np.int64], ...]] = {}
         self._needed: dict[tuple[int, int], tuple[NDArray[np.int64], int]] = {}
 
@@ -203,7 +237,8 @@ class _Layout:
         """Return the starts, files and offsets of the pieces of a range of elements, relative to its first."""
         key = name, first, last, itemsize
         if key not in self._columns:
-            starts, files, offsets = self.arrays[name]
+            found = self.pieces[name]
+            starts, files, offsets = found.starts, found.files, found.offsets
             low, high = np.searchsorted(starts, first, "right") - 1, np.searchsorted(starts, last)
             cut = np.clip(starts[low : high + 1], first, last)
             shifted = offsets[low:high] + (cut[:-1] - starts[low:high]) * itemsize
@@ -214,7 +249,7 @@ class _Layout:
         """Return the files with a range of elements of any of the arrays, and the number of its pieces."""
         key = first, last
         if key not in self._needed:
-            names = [name for name in itemsizes if name in self.arrays]
+            names = [name for name in itemsizes if name in self.pieces]
             files = [self.column(name, first, last, itemsizes[name])[1] for name in names]
             self._needed[key] = (
                 np.unique(np.concatenate([np.empty(0, np.int64), *files])),
@@ -318,7 +353,7 @@ class References:
     def has(self, name: str, state: int) -> bool:
         """Return True if an array of a state is in the files of its log, not in chunks of the trajectory."""
         row = self._states.get(state)
-        return row is not None and name in self._layouts[row[0]].arrays
+        return row is not None and name in self._layouts[row[0]].pieces
 
     def state(self, state: int) -> StateReference | None:
         """Return the reference of a state; None if all of its arrays are copied."""
@@ -326,13 +361,8 @@ class References:
         if row is None:
             return None
         layout, own, bases = row
-        return StateReference(
-            tuple(self.files[file] for file in own.tolist()),
-            {
-                name: Pieces(starts, files, offsets + bases[files])
-                for name, (starts, files, offsets) in self._layouts[layout].arrays.items()
-            },
-        )
+        files = tuple(self.files[file] for file in own.tolist())
+        return StateReference(files, self._layouts[layout].pieces, tuple(bases.tolist()))
 
     def files_of(self, state: int) -> list[int]:
         """Return the indices of the files of a state."""

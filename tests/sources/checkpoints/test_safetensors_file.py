@@ -5,6 +5,7 @@ import os
 
 import numpy as np
 import pytest
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from natgrad.schema.errors import InputError
@@ -58,3 +59,36 @@ def test_a_name_that_metadata_contain_twice_is_refused_for_a_known_header_too(tm
     (tmp_path / "twice").write_bytes(len(header).to_bytes(8, "little") + header + content[8 + size :])
     with pytest.raises(InputError, match="cannot read a safetensors file"):
         opened(tmp_path / "twice")
+
+
+def rewritten(path, metadata, tensors_first=False, spaces=0):
+    """Write a file with the tensors of another one, and the text of its metadata."""
+    content = path.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header.pop("__metadata__", None)
+    tensors = json.dumps(header, separators=(",", ":"))[1:-1]
+    parts = [tensors, f'"__metadata__":{metadata}'] if tensors_first else [f'"__metadata__":{metadata}', tensors]
+    text = ("{" + ",".join(parts) + "}" + " " * spaces).encode()
+    path.with_name("rewritten").write_bytes(len(text).to_bytes(8, "little") + text + content[8 + size :])
+    return path.with_name("rewritten")
+
+
+@pytest.mark.parametrize("metadata", ['{"loss":1}', '["loss"]', '{"loss":"\\ud800"}', '{"loss":"1"', '"loss"', "1"])
+def test_metadata_that_the_library_refuses_are_refused_for_a_known_header_too(tmp_path, metadata):
+    save_file({"a": np.ones(5, np.float32)}, tmp_path / "one", metadata={"loss": "1"})
+    path = rewritten(tmp_path / "one", '{"loss":"2"}')
+    assert read(path)[0] == {"loss": 2}
+    path = rewritten(tmp_path / "one", metadata)
+    with pytest.raises(SafetensorError), safe_open(path, framework="numpy"):
+        pass
+    with pytest.raises(InputError, match="cannot read a safetensors file"):
+        opened(path)
+
+
+def test_metadata_are_read_wherever_the_header_has_them(tmp_path):
+    save_file({"a": np.ones(5, np.float32)}, tmp_path / "one")
+    for number in range(6):
+        path = rewritten(tmp_path / "one", f'{{"loss":"{number}"}}', number % 2 == 1, spaces=number)
+        for _ in range(2):
+            assert read(path) == ({"loss": number}, {"a": [1.0] * 5})

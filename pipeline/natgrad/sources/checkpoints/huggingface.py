@@ -21,7 +21,8 @@ from natgrad.sources.checkpoints.deepspeed_folder import DEEPSPEED_KIND, DeepSpe
 from natgrad.sources.checkpoints.model_folder import ModelFolder, holds_model
 from natgrad.sources.checkpoints.step_folder import Kind, StepFolder
 from natgrad.sources.container import Container
-from natgrad.sources.names import MODEL, ROOT, NamedStep, Names
+from natgrad.sources.named_step import NamedStep
+from natgrad.sources.names import MODEL, ROOT, Names
 from natgrad.sources.optimizers.saved_state import optimizer_roots
 from natgrad.sources.scalars.update_records import (
     ROUNDED,
@@ -166,7 +167,7 @@ class _TrainerStep:
 
     def __init__(self, reader: NamedStep, step: LoggedStep, history: Mapping[int, Mapping[str, Any]]) -> None:
         self._reader, self._step, self._history = reader, step, history
-        self.read, self.ranges = reader.read, reader.ranges
+        self.read, self.ranges, self.placement = reader.read, reader.ranges, reader.placement
 
     def __enter__(self) -> _TrainerStep:
         return self

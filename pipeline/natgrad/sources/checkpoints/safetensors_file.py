@@ -11,7 +11,6 @@ import os
 import re
 import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,10 +18,10 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from natgrad.sources.bounds import Budget, integer, parse_json, parse_json_at, shown
-from natgrad.sources.byte_ranges import ByteRange
+from natgrad.sources.byte_ranges import ByteRange, Placement
 from natgrad.sources.container import Container, ObjectRegion, Region, read_errors
 from natgrad.sources.steps import LoggedStep, LoggedTensor
-from natgrad.storage import Storage, open_regular, require_regular
+from natgrad.storage import Storage, open_regular
 
 __all__ = ["SafetensorsFile"]
 
@@ -38,11 +37,11 @@ _DTYPES |= {f"U{bits}": f"uint{bits}" for bits in (64, 32, 16, 8)}
 
 
 class _Tensors(NamedTuple):
-    """Descriptions of the tensors in a header, the offsets of their data, and the end of the last one."""
+    """Descriptions of the tensors in a header, the offsets of their data, and the size of all data."""
 
     tensors: dict[str, LoggedTensor]
     offsets: dict[str, int]
-    end: int
+    size: int
 
 
 _HEADERS_KEPT, _HEADER_KEPT = 4, 1 << 20
@@ -78,37 +77,36 @@ class SafetensorsFile(Container):
         with read_errors(step, _FORM):
             if file.local_path is None:
                 self._region = ObjectRegion(file)
-                head = _head(self._region)
-                _require_complete(head, self._region.length)
-                self._region.widen()
             else:
-                require_regular(file.local_path)
-                _require_valid(file.local_path)
                 self._descriptor = open_regular(file.local_path)
                 self._region = Region(self._descriptor)
-                head = _head(self._region)
         try:
             with read_errors(step, _FORM):
-                self._describe(head)
+                self._describe()
         except BaseException:
             self.close()
             raise
 
-    def _describe(self, head: bytes) -> None:
+    def _describe(self) -> None:
         self.budget = Budget(self._region.length)
+        head = _head(self._region)
         self._data = len(head)
-        text = head[8:].decode("utf-8")
+        text = head[8:].decode("utf-8", "surrogateescape")
         metadata, tensors = _divided(text)
         known = _KNOWN.get(tensors)
-        if known is None or known.end > self._region.length - self._data:
+        # If the library has validated a header with these tensors, only the metadata and the size can be invalid.
+        if metadata is None or known is None or known.size != self._region.length - self._data:
+            _require_valid(self._file, self._region, head)
             header: dict[str, Any] = parse_json(text, "the header", self.budget)
-            metadata = header.pop("__metadata__", None) or {}
+            divided, metadata = metadata, header.pop("__metadata__", None) or {}
             known = self._parsed(header)
-            if len(tensors) <= _HEADER_KEPT:
+            if divided == metadata and len(tensors) <= _HEADER_KEPT:
                 for oldest in list(_KNOWN)[: 1 - _HEADERS_KEPT]:
                     _KNOWN.pop(oldest, None)
                 _KNOWN[tensors] = known
-        self.tensors, self._offsets = dict(known.tensors), known.offsets
+        if isinstance(self._region, ObjectRegion):
+            self._region.widen()
+        self._known, self.tensors = known, dict(known.tensors)
         for key, text in metadata.items():
             if key in self.tensors:
                 continue
@@ -132,11 +130,15 @@ class SafetensorsFile(Container):
     def read(self, key: str, start: int, out: NDArray[Any]) -> None:
         """Read elements of a tensor into a buffer; see `natgrad.sources.base.StepReader`."""
         with read_errors(self.step, _FORM, key):
-            self._region.fill(self._data + self._offsets[key] + start * out.itemsize, out)
+            self._region.fill(self._data + self._known.offsets[key] + start * out.itemsize, out)
 
     def ranges(self, key: str) -> list[ByteRange]:
         """Return where the elements of a tensor are: the format stores them in C order, little-endian."""
-        return [ByteRange(self._file, self._data + self._offsets[key], math.prod(self.tensors[key].shape))]
+        return [ByteRange(self._file, self._data + self._known.offsets[key], math.prod(self.tensors[key].shape))]
+
+    def placement(self) -> Placement:
+        """Return where the ranges of all tensors begin; see `natgrad.sources.base.Ranged`."""
+        return Placement(self._known, (self._file,), (self._data,))
 
     def close(self) -> None:
         """Close the file."""
@@ -158,27 +160,34 @@ def _head(region: Region | ObjectRegion) -> bytes:
     return head.tobytes()
 
 
-def _divided(text: str) -> tuple[dict[str, str], str]:
-    """Divide a header, which the library has validated, into its metadata and the text of all other entries."""
+def _divided(text: str) -> tuple[dict[str, str] | None, str]:
+    """Divide a header into its metadata, None if they are not valid, and the text of all other entries.
+
+    Metadata that are not the first entry are not found.
+    """
+    tensors = text.rstrip(" ")
     if not text.startswith(_METADATA):
-        return {}, text
-    metadata, end = parse_json_at(text, len(_METADATA), "the header")
-    # JSON may contain a name twice.
-    return (metadata or {}, text[end:]) if _METADATA[1:] not in text[end:] else ({}, text)
-
-
-def _require_valid(path: Path) -> None:
+        return {}, tensors
     try:
-        with safe_open(path, framework="numpy"):
-            pass
+        metadata, end = parse_json_at(tensors, len(_METADATA), "the header")
+        # All are texts, without surrogates.
+        "".join([*metadata, *metadata.values()]).encode("utf-8")
+    except (ValueError, TypeError, AttributeError):
+        return None, tensors
+    return metadata, tensors[end:]
+
+
+def _require_valid(file: Storage, region: Region | ObjectRegion, head: bytes) -> None:
+    """Validate a file with the library: the header of a remote file in a local sparse file of the same size."""
+    try:
+        if file.local_path is not None:
+            with safe_open(file.local_path, framework="numpy"):
+                return
+        with tempfile.NamedTemporaryFile(prefix="natgrad-") as hollow:
+            hollow.write(head)
+            hollow.truncate(region.length)
+            hollow.flush()
+            with safe_open(hollow.name, framework="numpy"):
+                pass
     except SafetensorError as error:
         raise ValueError(str(error)) from error
-
-
-def _require_complete(head: bytes, size: int) -> None:
-    """Validate the header of a remote file with the library, in a local sparse file of the same size."""
-    with tempfile.NamedTemporaryFile(prefix="natgrad-") as hollow:
-        hollow.write(head)
-        hollow.truncate(size)
-        hollow.flush()
-        _require_valid(Path(hollow.name))

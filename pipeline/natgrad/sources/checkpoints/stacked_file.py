@@ -18,7 +18,8 @@ from natgrad.schema.names import SCALARS
 from natgrad.sources.base import Source, StepReader
 from natgrad.sources.byte_ranges import ByteRange, part_of
 from natgrad.sources.container import Container, read_errors
-from natgrad.sources.names import NATIVE, NamedStep
+from natgrad.sources.named_step import NamedStep
+from natgrad.sources.names import NATIVE
 from natgrad.sources.steps import LoggedStep, LoggedTensor
 from natgrad.storage import LocalStorage
 

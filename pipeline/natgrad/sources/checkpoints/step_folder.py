@@ -18,7 +18,8 @@ from natgrad.sources.checkpoints.safetensors_file import SafetensorsFile
 from natgrad.sources.checkpoints.several_files import SeveralFiles
 from natgrad.sources.checkpoints.zip_members import first_member
 from natgrad.sources.container import Container, first_bytes, read_errors
-from natgrad.sources.names import CHECKPOINT, NATIVE, NamedStep, Names
+from natgrad.sources.named_step import NamedStep
+from natgrad.sources.names import CHECKPOINT, NATIVE, Names
 from natgrad.sources.step_names import AUTOMATIC, STEP_FIELD, Naming, StepName, parse_name, role_of, step_number
 from natgrad.sources.steps import ListingChanged, LoggedStep, NotYet, Unreadable, vanished
 from natgrad.storage import LocalStorage, Storage, network_errors
