@@ -300,6 +300,44 @@ def one_file(name, save):
     return writer
 
 
+def save_hdf5_groups(path, states):
+    """Write a group for each state, with the scalars as attributes."""
+    with h5py.File(path, "w") as file:
+        for number, state in states.items():
+            group = file.create_group(f"step_{number}")
+            for key, value in state.items():
+                if "/" in key:
+                    group[key] = value
+                else:
+                    group.attrs[key] = value
+
+
+def save_zarr_groups(path, states):
+    with zarr.config.set({"array.write_empty_chunks": True}):
+        file = zarr.open_group(path, mode="w")
+        for number, state in states.items():
+            group = file.create_group(str(number))
+            for key, value in state.items():
+                if "/" in key:
+                    group.create_array(key, data=np.asarray(value))
+                else:
+                    group.attrs[key] = float(value)
+
+
+def save_torch_list(path, states):
+    """Write a list with a dict for each state, in the order in which they are given."""
+    torch.save([{"step": number} | tree_of(state) for number, state in states.items()], path)
+
+
+def grouped(name, save):
+    def writer(folder, states):
+        folder.mkdir(parents=True, exist_ok=True)
+        save(folder / name, states)
+        return [folder / name]
+
+    return writer
+
+
 # Logs of scalars -----------------------------------------------------------------------------------------------
 
 
@@ -378,11 +416,14 @@ TENSOR_WRITERS = {
     "npz, one file": Writer(one_file("run.npz", lambda path, arrays: np.savez(path, **arrays))),
     "hdf5": Writer(flat_file(save_hdf5, ".h5"), "odd {step} name.h5"),
     "hdf5, one file": Writer(one_file("run.h5", save_hdf5)),
+    "hdf5, groups": Writer(grouped("run.h5", save_hdf5_groups)),
     "zarr": Writer(flat_file(save_zarr, ".zarr"), "odd {step} name.zarr"),
     "zarr, one group": Writer(one_file("run.zarr", save_zarr)),
+    "zarr, groups": Writer(grouped("run.zarr", save_zarr_groups)),
     "safetensors": Writer(by_step(save_safetensors_folder)),
     "torch": Writer(by_step(save_torch), "odd {step} name.pt"),
     "torch, several files": Writer(by_step(save_torch_parts), "odd {step} name *.pt"),
+    "torch, one file": Writer(grouped("run.pt", save_torch_list)),
     "huggingface": Writer(by_step(save_huggingface)),
     "lightning": Writer(by_step(save_lightning), "odd {step} name.ckpt", {"shift": {"gradient": 0}}),
     "dcp": Writer(by_step(save_dcp)),

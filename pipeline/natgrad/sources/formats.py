@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Set
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -57,7 +58,7 @@ from natgrad.sources.step_names import AUTOMATIC, Naming, role_of
 from natgrad.sources.steps import LoggedStep
 from natgrad.storage import LocalStorage, NotRegularError, Storage
 
-__all__ = ["FORMATS", "FORMATS_GROUP", "Format", "find_format", "unnumbered_format"]
+__all__ = ["FORMATS", "FORMATS_GROUP", "Format", "find_format", "one_file_format", "unnumbered_format"]
 
 _log = logger(__name__)
 
@@ -89,6 +90,8 @@ class Format:
         Reader of a format that contains scalars but no tensors. It is used instead of ``open``.
     kinds : tuple of Kind
         Kinds of steps in a folder of this format.
+    files : tuple of str
+        Endings of files that may contain all steps.
     """
 
     name: str
@@ -102,6 +105,7 @@ class Format:
     )
     scalars: ScalarKind | None = None
     kinds: tuple[Kind, ...] = ()
+    files: tuple[str, ...] = ()
 
 
 def _contains(*kinds: Kind) -> Callable[[Path], bool]:
@@ -126,19 +130,31 @@ def _folder(*kinds: Kind, parts: tuple[Kind, ...] = ()) -> dict[str, Any]:
     }
 
 
-def _folder_or_file(kind: Kind, open_file: Callable[[LoggedStep], Container]) -> dict[str, Any]:
-    """Return the same for a folder of steps, or one file that contains all steps."""
+def _folder_or_file(
+    kind: Kind, open_file: Callable[[LoggedStep], Container], names: Names = NATIVE, *, by_content: bool = False
+) -> dict[str, Any]:
+    """Return the same for a folder of steps, or one file that contains all steps.
+
+    Such a file is detected by its suffix or, if most files with this suffix contain one step, by its content.
+    """
     in_folder = _contains(kind)
 
     def found(path: Path) -> bool:
-        return (path.is_file() and path.suffix in kind.suffixes) or in_folder(path)
+        if not path.is_file():
+            return in_folder(path)
+        return kind.stem(path.name) is not None and (not by_content or holds_steps(path))
+
+    def holds_steps(path: Path) -> bool:
+        with suppress(InputError):
+            return len(StackedFile(path, open_file, names=names, usually_one_step=True).steps()) > 1
+        return False
 
     def opener(path: Path, mapping: Mapping[str, str]) -> Source:
         if path.is_file():
-            return StackedFile(path, open_file, mapping)
+            return StackedFile(path, open_file, mapping, names, usually_one_step=by_content)
         return StepFolder(LocalStorage(path), [kind], mapping)
 
-    return {"find": found, "open": opener, "kinds": (kind,)}
+    return {"find": found, "open": opener, "kinds": (kind,), "files": kind.suffixes}
 
 
 def _open_zarr(path: Path, mapping: Mapping[str, str]) -> Source:
@@ -362,7 +378,7 @@ _BUILT_IN: dict[str, Format] = {
             "entries of nested dicts selected with --map: parameter, gradient, hvp, loss, learning_rate, step; "
             "optimizer state (--include optimizer); out of core",
             "class instances: pickles are not executed; the format of torch before 1.6",
-            **_folder(_TORCH),
+            **_folder_or_file(_TORCH, TorchFile, CHECKPOINT, by_content=True),
         ),
         Format(
             "npz",
@@ -557,6 +573,11 @@ def find_format(path: Path, naming: Naming = AUTOMATIC) -> str | None:
         return next((name for name, known in FORMATS.items() if known.find(path)), None)
     found = _format_of_entries(path, lambda kind, entry: kind.holds(entry, naming), naming)
     return found or find_format(path)
+
+
+def one_file_format(path: Path) -> str | None:
+    """Return the name of the format of files with the ending of this one that may contain all steps, or None."""
+    return next((name for name, known in FORMATS.items() if known.files and path.name.endswith(known.files)), None)
 
 
 def unnumbered_format(path: Path) -> str | None:

@@ -192,9 +192,9 @@ class _Arrays:
             rest = left_out(key, own.values(), free) if array in self._names.required else []
             if rest:
                 notes.append(
-                    f"the key {key} of {array} selects {len(own)} tensors, and {len(rest)} tensors with similar keys "
-                    f"are OMITTED from the model; the first is {rest[0]!r} (to include them, use --map {array}=KEY "
-                    "with what their keys have in common, in which * stands for the names)"
+                    f"the key {key} of {array} selects {len(own)} tensors, and {len(rest)} tensors with similar "
+                    f"keys are OMITTED from the model; the first is {rest[0]!r} (to include them, use --map "
+                    f"{array}=KEY with what their keys have in common, in which * stands for the names)"
                 )
         return notes
 

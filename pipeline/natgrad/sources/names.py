@@ -239,7 +239,7 @@ _RATE = (
     *(f"{root}/param_groups/*/lr" for root in ("optimizer", "optimizer_state_dict", "optim", "optimizer_states/*")),
     "optimizer/optimizer/param_groups/*/lr",
     *(f"{root}/*/param_groups/*/lr" for root in ("optimizers", "optimizer", "state/optimizers")),
-    *("learning_rate", "lr"),
+    *("learning_rate", "lr", "learning_rates", "lrs"),
 )
 
 CHECKPOINT = Names(
@@ -247,7 +247,7 @@ CHECKPOINT = Names(
         "parameter": ("parameter", "parameters", "params", *MODEL_KEYS),
         "gradient": _GRADIENT,
         "hvp": ("hvp",),
-        "loss": ("loss",),
+        "loss": ("loss", "losses"),
         "learning_rate": _RATE,
         "loss_time_derivative": ("loss_time_derivative",),
         "hessian_min_eigenvalue": ("hessian_min_eigenvalue",),

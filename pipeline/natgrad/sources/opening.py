@@ -10,9 +10,10 @@ from pathlib import Path
 from natgrad.schema.errors import InputError
 from natgrad.schema.logs import logger
 from natgrad.sources.base import Source
+from natgrad.sources.checkpoints.stacked_file import StackedFile
 from natgrad.sources.checkpoints.step_folder import NATIVE_KINDS, StepFolder
 from natgrad.sources.container import not_regular
-from natgrad.sources.formats import FORMATS, find_format, unnumbered_format
+from natgrad.sources.formats import FORMATS, find_format, one_file_format, unnumbered_format
 from natgrad.sources.joined import JoinedSource
 from natgrad.sources.ledger_log import LedgerLog, holds_ledgers
 from natgrad.sources.names import CHECKPOINT, SCALAR_LOG_QUANTITIES, checked_shift
@@ -281,14 +282,16 @@ def _open(
         raise LedgerLog(path).no_states()
     path = path if pattern or "step" in mapping else _single_log(path)
     naming = _naming(path, mapping, pattern)
-    known = FORMATS[format or find_format(path, naming) or unnumbered_format(path) or "steps"]
+    found = format or find_format(path, naming) or unnumbered_format(path)
+    known = FORMATS[found or (one_file_format(path) if path.is_file() else None) or "steps"]
     if known.scalars is not None:
         return _scalar_log(LocalStorage(path), known.scalars, mapping, shift, named=format is not None)
-    if not path.is_dir() and not known.find(path):
+    if not path.is_dir() and not (known.files or known.find(path)):
         raise InputError(
             "this is a file, but a log of this format is a folder",
             where=str(path),
-            why="only .npz and .h5 files and logs of scalars can be single files",
+            why="only files of these endings, and logs of scalars, can be single files: "
+            + ", ".join(dict.fromkeys(ending for one in FORMATS.values() for ending in one.files)),
             remedy="pass the folder that contains the step files",
         )
     source = known.open(path, mapping)
@@ -305,9 +308,9 @@ def _naming(path: Path, mapping: Mapping[str, str], pattern: str) -> Naming:
 
 
 def _with_pattern(source: Source, pattern: str) -> Source:
-    if not isinstance(source, StepFolder):
+    if not isinstance(source, StepFolder | StackedFile):
         raise InputError(
-            "--pattern applies only to a folder with a file or folder for each step",
+            "--pattern applies only to a log with a file, folder or group for each step",
             where=str(source.location),
             remedy="omit --pattern",
         )

@@ -20,11 +20,11 @@ __all__ = ["Hdf5File"]
 
 _FORM = "an HDF5 file"
 _CHUNK_LIMIT = 1 << 28
-_DATASET_OPERATIONS = 250
+_DATASET_OPERATIONS, _ATTRIBUTE_OPERATIONS = 250, 50
 
 
 class Hdf5File(Container):
-    """One HDF5 file, with its datasets by path.
+    """One HDF5 file, with its datasets, and the attributes of its groups that are numbers, by path.
 
     HDF5 has no bfloat16: uint16 with the attribute ``ml_dtype`` = ``bfloat16`` is interpreted as bfloat16. Links
     are not followed. Datasets stored in other files are refused.
@@ -49,17 +49,20 @@ class Hdf5File(Container):
             self.budget = Budget(require_regular(step.path))
             self._file = h5py.File(step.path, "r")
             try:
+                self._read_attributes("", self._file)
                 self._file.visititems(self._describe)
+                self.numbers = {key: value for key, value in self.numbers.items() if key not in self.tensors}
                 self._require_distinct_data()
             except BaseException:
                 self._file.close()
                 raise
 
     def _describe(self, key: str, item: Any) -> None:
-        if not hasattr(item, "read_direct"):
-            return
         if not isinstance(key, str):
-            raise ValueError(f"the dataset name {key!r} is not text")
+            raise ValueError(f"the name {key!r} is not text")
+        if not hasattr(item, "read_direct"):
+            self._read_attributes(key, item)
+            return
         self.budget.spend(_DATASET_OPERATIONS)
         if item.external or item.is_virtual:
             raise ValueError(f"the data of {key!r} are in other files: copy them into this one (h5repack)")
@@ -75,6 +78,15 @@ class Hdf5File(Container):
         bits = item.dtype == np.uint16 and item.attrs.get("ml_dtype") == "bfloat16"
         self.add(key, item.shape, "bfloat16" if bits else item.dtype.name)
         self._datasets[key] = item
+
+    def _read_attributes(self, key: str, group: Any) -> None:
+        """Add the attributes of a group that are single numbers."""
+        for name in group.attrs:
+            self.budget.spend(_ATTRIBUTE_OPERATIONS)
+            identifier = group.attrs.get_id(name)
+            if identifier.dtype.kind in "biuf" and math.prod(identifier.shape or ()) == 1:
+                value = np.asarray(group.attrs[name]).reshape(-1)[0]
+                self.numbers[f"{key}/{name}" if key else name] = float(value)
 
     def _require_distinct_data(self) -> None:
         """Refuse contiguous datasets that overlap or exceed the file: the library would read other data."""

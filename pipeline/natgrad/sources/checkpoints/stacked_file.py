@@ -1,4 +1,4 @@
-"""Read a log that is one file, in which every array of the run has a leading step dimension."""
+"""Read a log that is one file: every array has a leading step dimension, or there is a group for each step."""
 
 from __future__ import annotations
 
@@ -13,26 +13,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from natgrad.schema.errors import InputError
-from natgrad.schema.layout import storage_dtype
+from natgrad.schema.layout import STORAGE_DTYPES, storage_dtype
 from natgrad.schema.names import SCALARS
 from natgrad.sources.base import Source, StepReader
 from natgrad.sources.byte_ranges import ByteRange, part_of
+from natgrad.sources.checkpoints.step_groups import GroupStep, StepGroups, step_groups
 from natgrad.sources.container import Container, read_errors
+from natgrad.sources.families import ANY_NAME, members, usual_families
 from natgrad.sources.named_step import NamedStep
-from natgrad.sources.names import NATIVE
+from natgrad.sources.names import NATIVE, Names
 from natgrad.sources.steps import LoggedStep, LoggedTensor
 from natgrad.storage import LocalStorage
 
 __all__ = ["KeptOpen", "StackedFile"]
 
 _STEPS_LIMIT = 1 << 24
+_STEP = ("step", "steps")
 
 
 class StackedFile:
     """A run in one file: ``parameter/<tensor>`` (step, ...), ``gradient/<tensor>`` (step, ...), ``loss`` (step).
 
     ``step`` (step) contains the step numbers. By default, steps are counted from 0. Only the parameters must have
-    the last step.
+    the last step. If the keys have the step as one of their levels, see `natgrad.sources.checkpoints.step_groups`.
 
     Parameters
     ----------
@@ -42,6 +45,10 @@ class StackedFile:
         Function that opens it.
     mapping : mapping, optional
         Quantity to its key. Takes precedence over the mapping file in the folder of the log.
+    names : Names
+        Meaning of the keys of a group.
+    usually_one_step : bool
+        Most files of this format contain one step, so gradients do not prove that there is a step dimension.
 
     Notes
     -----
@@ -54,18 +61,37 @@ class StackedFile:
         location: Path,
         open_container: Callable[[LoggedStep], Container],
         mapping: Mapping[str, str] | None = None,
+        names: Names = NATIVE,
+        *,
+        usually_one_step: bool = False,
     ) -> None:
         self.location, self._open = LocalStorage(location), open_container
-        keys = {**NATIVE.keys, "step": ("step",)}
-        self._names = replace(NATIVE, keys=keys).of_folder(self.location.parent).mapped(mapping or {})
+        stacked = replace(NATIVE, keys={**NATIVE.keys, "step": _STEP})
+        self._names, self._group_names = (
+            known.of_folder(self.location.parent).mapped(mapping or {}) for known in (stacked, names)
+        )
+        self._groups: StepGroups | None = None
+        self._usually_one_step = usually_one_step
         self._rows: dict[int, int] = {}
-        self._origin = ""
+        self._origin, self._step_key = "", ""
         self._shared: _Shared | None = None
+
+    def with_pattern(self, pattern: str) -> StackedFile:
+        """Use a pattern of the names of groups (``--pattern``)."""
+        self._group_names = replace(self._group_names, pattern=pattern)
+        return self
 
     def steps(self) -> list[LoggedStep]:
         """List the steps; see `natgrad.sources.base.Source`. This opens the file to read the step numbers."""
         with self._open(LoggedStep(0, self.location)) as container:
-            numbers = self._numbers(container)
+            self._groups = step_groups(container, self._group_names)
+            if self._groups is None and self._group_names.pattern:
+                raise InputError(
+                    f"this file has no groups whose names match the pattern {self._group_names.pattern!r}",
+                    where=str(self.location),
+                    remedy="specify the names of the groups that are steps, or omit --pattern",
+                )
+            numbers = self._numbers(container) if self._groups is None else [*self._groups.keys]
         self._rows = {number: row for row, number in enumerate(numbers)}
         if not numbers or len(self._rows) != len(numbers) or min(numbers) < 0:
             raise InputError(
@@ -77,14 +103,16 @@ class StackedFile:
             LoggedStep(
                 number,
                 self.location,
-                origin=f"row {row} of {self.location.name!r}, {self._origin}",
+                origin=f"row {row} of {self.location.name!r}, {self._origin}"
+                if self._groups is None
+                else f"{self._groups.origins[number]} in {self.location.name!r}",
                 step_span=self._names.step_span,
             )
             for number, row in sorted(self._rows.items())
         ]
 
     def _numbers(self, container: Container) -> list[int]:
-        key = self._names.keys["step"][0]
+        key = self._step_key = next(filter(container.tensors.__contains__, self._names.keys["step"]), _STEP[0])
         logged = container.tensors.get(key)
         self._origin = "counted from 0" if logged is None else f"its {key!r}"
         if logged is None:
@@ -112,34 +140,55 @@ class StackedFile:
 
     def _require_steps(self, container: Container, rows: int, key: str) -> None:
         """Refuse a file without step numbers that may as well contain the parameters of a single state."""
-        tensors = container.tensors
-        gradients = tuple(f"{name}{end}" for name in self._names.keys["gradient"] for end in "/.")
-        has_gradients = any(name in self._names.keys["gradient"] or name.startswith(gradients) for name in tensors)
-        scalars = [name for quantity in SCALARS for name in self._names.keys.get(quantity, ())]
-        if rows and not has_gradients and not any(n in tensors and tensors[n].shape == (rows,) for n in scalars):
+        tensors, lengths = container.tensors, ((rows,), (rows - 1,))
+        scalars = [tensors[name].shape for name in self._scalars if name in tensors]
+        scalars += [() for name in self._scalars if name in container.numbers]
+        # One loss or learning rate is that of a single state.
+        has_gradients = () not in scalars and not self._usually_one_step and self._selected(container, "gradient")
+        if rows and not has_gradients and not any(shape in lengths for shape in scalars):
             raise InputError(
                 "the file has no step numbers",
                 where=str(self.location),
-                why="it has neither gradients nor losses or learning rates of each step, so that its arrays may be "
-                "those of a single state, without a step dimension",
+                why="it has no losses or learning rates of each step, so that its arrays may be those of a single "
+                "state, without a step dimension",
                 remedy=f"add the step numbers as an array of integers named {key!r}, one for each state; if the "
-                "file contains a single state, pass the folder with the files of all states",
+                "file contains a single state, pass the folder with the files of all states; if it has a group for "
+                "each state, name them with --pattern, for example --pattern 'state {step}'",
             )
 
     def _parameters(self, container: Container) -> list[LoggedTensor]:
         """Return the arrays of parameters, or all arrays if none are named as parameters."""
         tensors = container.tensors
-        for name in self._names.keys["parameter"]:
-            found = [tensors[key] for key in tensors if key == name or key.startswith((f"{name}/", f"{name}."))]
+        return [tensors[key] for key in self._selected(container, "parameter") or tensors]
+
+    @property
+    def _scalars(self) -> set[str]:
+        """Keys of scalars."""
+        return {name for quantity in (*SCALARS, "step") for name in self._names.keys.get(quantity, ())}
+
+    def _selected(self, container: Container, array: str) -> list[str]:
+        """Return the keys of the tensors of an array; none if none are named like those of this array."""
+        tensors = container.tensors
+        for name in self._names.keys[array]:
+            found = list(members(name, tensors).values()) if ANY_NAME in name else []
+            found = found or [key for key in tensors if key == name or key.startswith((f"{name}/", f"{name}."))]
             if found:
                 return found
-        return list(tensors.values())
+        states = {
+            key: LoggedTensor(logged.shape[1:], logged.dtype)
+            for key, logged in tensors.items()
+            if logged.shape and logged.dtype in STORAGE_DTYPES and key not in self._scalars
+        }
+        return list(usual_families(states).get(array, ("", {}))[1].values())
 
     def open(self, step: LoggedStep) -> NamedStep:
         """Open a step; see `natgrad.sources.base.Source`."""
         if not self._rows:
             self.steps()
-        rows, key = len(self._rows), self._names.keys["step"][0]
+        if self._groups is not None:
+            shared = self._share(step)
+            return NamedStep(_Group(step, shared, self._groups), self._group_names)
+        rows, key = len(self._rows), self._step_key
         return NamedStep(_Row(step, self._share(step), self._rows[step.number], rows, key), self._names)
 
     def _share(self, step: LoggedStep) -> _Shared:
@@ -199,6 +248,19 @@ class _Row(Container):
         size = math.prod(logged.shape)
         itemsize = storage_dtype(logged.dtype).itemsize
         return part_of(self._container.ranges(key), itemsize, self._row * size, size)
+
+    def close(self) -> None:
+        """Release the file; its last user closes it."""
+        self._shared.leave()
+
+
+class _Group(GroupStep):
+    """One group of a container."""
+
+    def __init__(self, step: LoggedStep, shared: _Shared, groups: StepGroups) -> None:
+        super().__init__(step, shared.container, groups)
+        shared.users += 1
+        self._shared = shared
 
     def close(self) -> None:
         """Release the file; its last user closes it."""

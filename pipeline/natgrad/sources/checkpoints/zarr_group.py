@@ -171,7 +171,7 @@ def holds_zarr(path: Path) -> bool:
 
 
 class ZarrGroup(ZarrArrays):
-    """A Zarr group, with its arrays by path.
+    """A Zarr group, with its arrays, and the attributes of its groups that are numbers, by path.
 
     Parameters
     ----------
@@ -196,6 +196,7 @@ class ZarrGroup(ZarrArrays):
             size, links = surveyed(step.path)
             self.budget = Budget(size)
             arrays = self._found()
+            self.numbers = {key: value for key, value in self.numbers.items() if key not in arrays}
             for link in links:
                 if any((step.path / key) in link.parents for key in arrays):
                     raise ValueError(f"{link} is a link to a folder: copy the folder itself")
@@ -218,6 +219,15 @@ class ZarrGroup(ZarrArrays):
                     "driver": "zarr" if is_version_2 else "zarr3",
                     "kvstore": store,
                     "fill_missing_data_reads": False,
+                }
+            elif _VERSION_3 in files or ".zgroup" in files:
+                name = path.relative_to(root).as_posix()
+                attributes = self._attributes(name)
+                self.budget.spend(len(attributes))
+                self.numbers |= {
+                    key if path == root else f"{name}/{key}": float(value)
+                    for key, value in attributes.items()
+                    if isinstance(value, int | float)
                 }
             if len(specs) > _ARRAYS_LIMIT:
                 raise ValueError(f"it contains more than {_ARRAYS_LIMIT} arrays")
