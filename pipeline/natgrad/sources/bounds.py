@@ -13,8 +13,7 @@ import math
 import os
 import re
 import tomllib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -228,25 +227,25 @@ def parse_json(content: bytes | str, name: str, budget: Budget | None = None) ->
         If it is not valid, nested too deeply or too complex, or if an object contains a key twice.
     """
     text = content if isinstance(content, str) else content.decode("utf-8")
-    (budget or Budget(len(text))).spend(text.count("[") + text.count("{"))
-    with _json_errors(name):
+    if budget is not None or len(text) > OPERATIONS:  # a shorter text cannot exceed its own budget
+        (budget or Budget(len(text))).spend(text.count("[") + text.count("{"))
+    try:
         return _DECODER.decode(text)
+    except (RecursionError, ValueError) as error:
+        raise _json_error(name, error) from error
 
 
 def parse_json_at(text: str, start: int, name: str) -> tuple[Any, int]:
     """Return the value at a position of a JSON text, and the position after it; see `parse_json`."""
-    with _json_errors(name):
-        return _DECODER.raw_decode(text, start)
-
-
-@contextmanager
-def _json_errors(name: str) -> Iterator[None]:
     try:
-        yield
-    except RecursionError as error:
-        raise ValueError(f"{name} is nested too deeply") from error
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
+        return _DECODER.raw_decode(text, start)
+    except (RecursionError, ValueError) as error:
+        raise _json_error(name, error) from error
+
+
+def _json_error(name: str, error: Exception) -> ValueError:
+    # Entering a context takes as long as parsing a short text.
+    return ValueError(f"{name} is nested too deeply" if isinstance(error, RecursionError) else f"{name}: {error}")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

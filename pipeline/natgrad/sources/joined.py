@@ -41,8 +41,10 @@ class _Part:
         """Return True if every step must be in this part. Logs of scalars may lack steps."""
         return not isinstance(self.source, ScalarLog) and bool(self.quantities & {*STATES, *REPLICATE_STATES})
 
-    def numbered(self, steps: Sequence[LoggedStep]) -> dict[int, LoggedStep]:
+    def numbered(self, steps: Sequence[LoggedStep] | Mapping[int, LoggedStep]) -> Mapping[int, LoggedStep]:
         """Return the logged steps, by the number of the state that they belong to."""
+        if isinstance(steps, Mapping):  # those of a log of scalars, which shifts them itself
+            return steps
         return {step.number + self.shift: step for step in steps}
 
     def select(self, content: StepContent) -> StepContent:
@@ -93,7 +95,10 @@ class JoinedSource:
     def steps(self) -> list[LoggedStep]:
         """List the steps that all sources have; see `natgrad.sources.base.Source`."""
         sources = {id(part.source): part.source for part in self._parts}
-        steps_of_source = {key: source.steps() for key, source in sources.items()}
+        steps_of_source = {
+            key: source.numbered() if isinstance(source, ScalarLog) else source.steps()
+            for key, source in sources.items()
+        }
         listed = [(part, part.numbered(steps_of_source[id(part.source)])) for part in self._parts]
         tensors = [steps for part, steps in listed if part.restricts]
         common = {number for number in tensors[0] if number >= 0}.intersection(*tensors[1:])
@@ -136,7 +141,7 @@ class JoinedSource:
         return [_joined(number, steps) for number, steps in self._steps.items()]
 
     @staticmethod
-    def _last_state(common: set[int], parts: Sequence[tuple[_Part, dict[int, LoggedStep]]]) -> set[int]:
+    def _last_state(common: set[int], parts: Sequence[tuple[_Part, Mapping[int, LoggedStep]]]) -> set[int]:
         """Return the state to which the last update of the common steps leads, if only gradients lack it."""
         later = {number for _, steps in parts for number in steps if common and number > max(common)}
         if not later or all(later <= steps.keys() for _, steps in parts):

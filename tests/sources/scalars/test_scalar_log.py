@@ -26,6 +26,7 @@ from natgrad.sources.formats import FORMATS
 from natgrad.sources.names import parse_map
 from natgrad.sources.opening import format_of
 from natgrad.sources.scalars import event_file
+from natgrad.sources.scalars.columns import each_record
 from natgrad.sources.scalars.event_file import read_events
 from natgrad.sources.scalars.record_files import open_text, read_csv, read_json_lines, read_parquet
 from natgrad.sources.scalars.scalar_log import LINE_KEY, ScalarLog
@@ -494,7 +495,7 @@ def test_a_truncated_compressed_file_is_refused(tmp_path, name, text, length):
 
 def read_all(decode, path):
     notes = []
-    records = [dict(record) for record in decode(open_storage(path), lambda key: True, notes)]
+    records = [dict(record) for record in each_record(decode(open_storage(path), lambda key: True, notes))]
     for record in records:
         record.pop(LINE_KEY, None)
     return records, notes

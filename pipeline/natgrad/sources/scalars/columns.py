@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -11,10 +13,63 @@ from numpy.typing import NDArray
 
 from natgrad.sources.scalars.series import Restarts
 
-__all__ = ["LABELS_LIMIT", "Column", "Labels", "Table", "label_text", "number_of"]
+__all__ = [
+    "LABELS_LIMIT",
+    "LINE_KEY",
+    "Batch",
+    "Column",
+    "Decoded",
+    "Labels",
+    "Table",
+    "each_record",
+    "label_text",
+    "number_of",
+]
 
 LABELS_LIMIT = 1 << 16
 """Maximum number of different values of a label."""
+
+
+LINE_KEY = "\0line"
+"""Key for the number of the line of a record in a text file, for messages."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Consecutive records with the same keys, whose values are texts. Decoding many records at once is faster.
+
+    Attributes
+    ----------
+    size : int
+        Number of records.
+    columns : mapping
+        Values by key.
+    line : int
+        Number of the line of the first record; each record is one line.
+    """
+
+    size: int
+    columns: Mapping[str, Sequence[str]]
+    line: int
+
+    def records(self) -> Iterator[Mapping[str, Any]]:
+        """Yield the records one by one."""
+        for index in range(self.size):
+            values = {key: column[index] for key, column in self.columns.items()}
+            yield {LINE_KEY: self.line + index, **values}
+
+
+Decoded = Iterator[Mapping[str, Any] | Batch]
+"""Records, or batches of them."""
+
+
+def each_record(records: Decoded) -> Iterator[Mapping[str, Any]]:
+    """Yield records one by one."""
+    for values in records:
+        if isinstance(values, Batch):
+            yield from values.records()
+        else:
+            yield values
 
 
 @dataclass
@@ -40,6 +95,22 @@ class Column:
         self.records.append(record)
         self.values.append(number)
 
+    def extend(self, record: int, texts: Sequence[str], line: int) -> None:
+        """Add the values of consecutive records and lines, as `append` does; ``record`` is the first one."""
+        filled = list(map(str.strip, texts))
+        records, numbers = range(record, record + len(texts)), list(filter(None, filled))
+        try:
+            # `number_of` refuses underscores, which Python accepts in numbers.
+            values = None if "_" in "".join(numbers) else array("d", map(float, numbers))
+        except ValueError:
+            values = None
+        if values is None or len(self.records) + len(values) > self.limit:
+            for index, text in enumerate(texts):
+                self.append(record + index, text, line + index)
+            return
+        self.records.extend(records if len(numbers) == len(texts) else compress(records, filled))
+        self.values.extend(values)
+
 
 @dataclass
 class Labels:
@@ -56,6 +127,16 @@ class Labels:
             raise ValueError(f"it has more than {LABELS_LIMIT} different labels of its records")
         self.records.append(record)
         self.codes.append(self.texts.setdefault(text, len(self.texts)))
+
+    def extend(self, record: int, values: Sequence[str]) -> None:
+        """Add the labels of consecutive records; ``record`` is the first one."""
+        different = dict.fromkeys(values)
+        for value in different:
+            self.append(record, value)
+        codes = dict(zip(different, self.codes[len(self.codes) - len(different) :], strict=True))
+        del self.records[len(self.records) - len(different) :], self.codes[len(self.codes) - len(different) :]
+        self.records.extend(range(record, record + len(values)))
+        self.codes.extend(map(codes.__getitem__, values))
 
     def of(self, records: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the index of the text of each record; 0 if it has none."""

@@ -8,17 +8,21 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import re
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import closing, contextmanager
 from io import TextIOWrapper
+from itertools import islice
+from operator import itemgetter
 from typing import Any, BinaryIO, cast
 from urllib.parse import quote
 
 from natgrad.schema.errors import InputError
 from natgrad.sources.bounds import Budget, parse_json, shown
 from natgrad.sources.changes import change_time, changed_lately
-from natgrad.sources.scalars.scalar_log import LINE_KEY, RESTART_KEY
+from natgrad.sources.scalars.columns import LINE_KEY, Batch, Decoded
+from natgrad.sources.scalars.scalar_log import RESTART_KEY, RUN_KEY
 from natgrad.sources.steps import local_file
 from natgrad.storage import NotRegularError, Storage, StoredFile, require_regular
 
@@ -42,7 +46,9 @@ LINE_LIMIT = 1 << 24
 COMPRESSED = ".gz"
 """Suffix of text files compressed with gzip."""
 
-_FIRST_LINE = 1 << 20
+_FIRST_LINE, _BLOCK = 1 << 20, 1 << 18
+_ROWS = 1 << 9
+"""Rows of a CSV file that are decoded together."""
 _BATCH = 1 << 16
 GROUP_LIMIT = 1 << 32
 """Default limit on the uncompressed size in bytes of a row group of a Parquet file."""
@@ -65,6 +71,8 @@ _METRICS, _VALUE = ("metric", "key", "name", "tag"), "value"
 _STEPS_AT_ONCE = 10_000
 _SQLITE = b"SQLite format 3\0"
 _SQLITE_FILES = ("-journal", "-wal", "-shm")
+
+_LINE_BREAK = re.compile(r"\r\n|\r|\n")
 
 Records = Iterator[Mapping[str, Any]]
 Wanted = Callable[[str], bool]
@@ -109,13 +117,17 @@ def complete_lines(
     A last line without a newline is omitted, unless it is a record and the file has not changed lately.
     """
     with TextIOWrapper(open_text(log), encoding="utf-8-sig", newline="") as file:
-        while line := file.readline(limit):
-            if line.endswith(("\n", "\r")):
-                yield line
-                continue
-            if len(line) >= limit:
+        while block := file.read(min(limit, _BLOCK)):
+            # The block ends within a line, or between the two characters of a line break.
+            block += file.readline(limit) if not block.endswith("\n") else ""
+            ends = block.endswith(("\n", "\r"))
+            *_, last = lines = list(io.StringIO(block, newline=""))
+            if len(last) > limit or (not ends and len(last) == limit):
                 raise ValueError(f"it has a line of more than {limit} characters")
-            if changed_lately(change_time(log)) or not is_record(line):
+            yield from lines if ends else lines[:-1]
+            if ends:
+                continue
+            if changed_lately(change_time(log)) or not is_record(last):
                 notes.append(
                     f"the last line of {log.name} has no newline and is omitted: it is being written or truncated"
                 )
@@ -123,10 +135,10 @@ def complete_lines(
             notes.append(
                 f"the last line of {log.name} has no newline; it is read, as the file is no longer written"
             )
-            yield line
+            yield last
 
 
-def read_csv(log: Storage, wanted: Wanted, notes: list[str]) -> Records:
+def read_csv(log: Storage, wanted: Wanted, notes: list[str]) -> Decoded:
     """Yield the records of a file with a header and commas, semicolons or tabs. Empty values are missing."""
     header: list[str] = []
     delimiter = ","
@@ -148,28 +160,47 @@ def read_csv(log: Storage, wanted: Wanted, notes: list[str]) -> Records:
     if len({name for _, name in positions}) != len(positions):
         raise _same_name([name for _, name in positions])
     long = _long_columns([name.strip().lower() for name in header])
+    columns = {name: itemgetter(position) for position, name in positions}
     rows = csv.reader(lines, delimiter=delimiter, strict=True)
     while True:
+        line = rows.line_num + 2  # the reader does not count the header
         try:
-            row = next(rows, None)
+            batch = list(islice(rows, _ROWS))
         except csv.Error as error:
             raise ValueError(f"line {rows.line_num + 1}: {error}") from error
-        if row is None:
+        if not batch:
             return
-        if row == header:  # a restarted run may write its header again
-            yield {RESTART_KEY: None}
+        are_lines = rows.line_num + 2 - line == len(batch)
+        plain = are_lines and long is None and RUN_KEY not in columns
+        if plain and {*map(len, batch)} == {len(header)} and header not in batch:
+            yield Batch(len(batch), {name: list(map(of, batch)) for name, of in columns.items()}, line)
             continue
-        if not row:
-            continue
-        if len(row) != len(header):
-            raise ValueError(f"line {rows.line_num + 1} has {len(row)} values, but the header has {len(header)}")
-        values = {name: row[position] for position, name in positions}
-        if long is not None:
-            metric = row[long[0]].strip()
-            if metric in values:
-                raise ValueError(f"line {rows.line_num + 1} has a metric named {shown(metric)}, like a column")
-            values |= {metric: row[long[1]]} if wanted(metric) else {}
-        yield {LINE_KEY: rows.line_num + 1, **values}
+        for row in batch:
+            line += 1 + sum(len(_LINE_BREAK.findall(value)) for value in row)
+            if row == header:  # a restarted run may write its header again
+                yield {RESTART_KEY: None}
+            elif row:
+                yield {LINE_KEY: line - 1, **_values(row, len(header), line - 1, columns, long, wanted)}
+
+
+def _values(
+    row: list[str],
+    width: int,
+    line: int,
+    columns: Mapping[str, Callable[[list[str]], str]],
+    long: tuple[int, int] | None,
+    wanted: Wanted,
+) -> dict[str, str]:
+    """Return the wanted values of a row of a CSV file."""
+    if len(row) != width:
+        raise ValueError(f"line {line} has {len(row)} values, but the header has {width}")
+    values = {name: of(row) for name, of in columns.items()}
+    if long is not None:
+        metric = row[long[0]].strip()
+        if metric in values:
+            raise ValueError(f"line {line} has a metric named {shown(metric)}, like a column")
+        values |= {metric: row[long[1]]} if wanted(metric) else {}
+    return values
 
 
 def _long_columns(header: Sequence[str]) -> tuple[int, int] | None:
@@ -211,6 +242,8 @@ def _json_object(text: str, wanted: Wanted, position: str) -> dict[str, Any]:
     values = parse_json(text, position)
     if not isinstance(values, dict):
         raise ValueError(f"{position} is not a JSON object")
+    if not any(isinstance(value, dict) for value in values.values()):
+        return {key: value for key, value in values.items() if wanted(key)}
     found: dict[str, Any] = {}
     for key, value in _flat(values, Budget(len(text))):
         if wanted(key):

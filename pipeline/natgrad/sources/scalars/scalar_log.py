@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +19,17 @@ from natgrad.sources.base import StepContent
 from natgrad.sources.changes import change_time, changed_lately
 from natgrad.sources.container import READ_ERRORS, not_regular, reason_of
 from natgrad.sources.names import SCALAR_LOG_QUANTITIES
-from natgrad.sources.scalars.columns import Column, Labels, Table, label_text, number_of
+from natgrad.sources.scalars.columns import (
+    LINE_KEY,
+    Batch,
+    Column,
+    Decoded,
+    Labels,
+    Table,
+    each_record,
+    label_text,
+    number_of,
+)
 from natgrad.sources.scalars.series import Conflict, Series, counts_within_epochs, merged
 from natgrad.sources.steps import LoggedStep, NotYet, Unreadable
 from natgrad.storage import NotRegularError, Storage, network_errors
@@ -27,8 +37,9 @@ from natgrad.storage import NotRegularError, Storage, network_errors
 __all__ = ["LINE_KEY", "RESTART_KEY", "RUN_KEY", "Decoder", "Kind", "ScalarLog", "Wanted"]
 
 Wanted = Callable[[str], bool]
-Decoder = Callable[[Storage, Wanted, list[str]], Iterator[Mapping[str, Any]]]
-"""Function of a file, a predicate for wanted keys and a list for notes. Yields records with the wanted keys."""
+Decoder = Callable[[Storage, Wanted, list[str]], Decoded]
+"""Function of a file, a predicate for wanted keys and a list for notes. Yields records with the wanted keys, or
+batches of them."""
 
 RUN_KEY = "run_name"
 """Key for the name of the run of a record, in logs that contain several runs."""
@@ -36,9 +47,6 @@ RUN_KEY = "run_name"
 RESTART_KEY = "\0restart"
 """Key of a record in which a writer states that it starts: at a step, before which earlier writers are valid, or at
 an unknown one (None)."""
-
-LINE_KEY = "\0line"
-"""Key for the number of the line of a record in a text file, for messages."""
 
 _STEP = (
     "trainer global step",
@@ -173,7 +181,7 @@ class ScalarLog:
                 self._chosen[quantity] = [(label, label_text(value)) for label, value in _CHOSEN.findall(choice[2])]
         self._labels = {label for chosen in self._chosen.values() for label, _ in chosen}
         self._wanted_keys: dict[str, bool] = {}
-        self._scalars: dict[int, dict[str, float]] | None = None
+        self._scalars: _Steps | None = None
         self._notes: list[str] = []
 
     def steps(self) -> list[LoggedStep]:
@@ -185,24 +193,21 @@ class ScalarLog:
             If the log cannot be read, has none of the scalars, or lacks a key that the user specified.
         """
         scalars = self._read()
-        return [
-            LoggedStep(
-                number,
-                self.location,
-                values=" ".join(f"{name}={value!r}" for name, value in sorted(scalars[number].items())),
-            )
-            for number in sorted(scalars)
-        ]
+        return [scalars[number] for number in sorted(scalars)]
+
+    def numbered(self) -> Mapping[int, LoggedStep]:
+        """Return the steps by number; see `steps`. Each is created on access: a run may have far fewer states."""
+        return self._read()
 
     def open(self, step: LoggedStep) -> _Scalars:
         """Open a step; see `natgrad.sources.base.Source`."""
-        return _Scalars(StepContent({}, self._read().get(step.number, {}), notes=tuple(self._notes)))
+        return _Scalars(StepContent({}, self._read().scalars(step.number), notes=tuple(self._notes)))
 
     def keys(self) -> dict[str, float]:
         """Return the first number under each key; see `natgrad.sources.base.Keyed`. Only some records are read."""
         found: dict[str, float] = {}
         with self._records(self._files()[0], lambda key: True, []) as records:
-            for values in itertools.islice(records, _RECORDS_LISTED):
+            for values in itertools.islice(each_record(records), _RECORDS_LISTED):
                 for key, value in values.items():
                     number = None if key in (RUN_KEY, RESTART_KEY, LINE_KEY) else number_of(value)
                     if number is not None and len(found) < KEYS_LIMIT:
@@ -228,7 +233,7 @@ class ScalarLog:
         return files
 
     @contextmanager
-    def _records(self, file: Storage, wanted: Wanted, notes: list[str]) -> Iterator[Iterator[Mapping[str, Any]]]:
+    def _records(self, file: Storage, wanted: Wanted, notes: list[str]) -> Iterator[Decoded]:
         with _read_errors(file, self._kind.form):
             records = self._kind.decode(file, wanted, notes)
             try:
@@ -238,7 +243,7 @@ class ScalarLog:
                 if isinstance(records, Generator):
                     records.close()
 
-    def _read(self) -> dict[int, dict[str, float]]:
+    def _read(self) -> _Steps:
         if self._scalars is None:
             self._notes = []
             self._scalars = self._by_step(self._table())
@@ -254,6 +259,10 @@ class ScalarLog:
             table.restarts.boundaries.append(record + 1)
             with self._records(file, self._wanted, self._notes) as records:
                 for values in records:
+                    if isinstance(values, Batch):
+                        self._add_batch(table, record + 1, values)
+                        record += values.size
+                        continue
                     record += 1
                     run = values.get(RUN_KEY)
                     if run is not None and len(runs) < 1 << 16:
@@ -289,6 +298,15 @@ class ScalarLog:
                 labels.append(record, value)
             if column is not None:
                 column.append(record, value, line)
+
+    def _add_batch(self, table: Table, record: int, batch: Batch) -> None:
+        """Add the values of several records to their columns; ``record`` is the number of the first one."""
+        for key, texts in batch.columns.items():
+            labels, column = self._columns(table, key)
+            if labels is not None:
+                labels.extend(record, texts)
+            if column is not None:
+                column.extend(record, texts, batch.line)
 
     def _columns(self, table: Table, key: str) -> tuple[Labels | None, Column | None]:
         """Return the columns to which the values of a key are added."""
@@ -342,7 +360,7 @@ class ScalarLog:
             remedy="specify the keys with --map loss=KEY, learning_rate=KEY, step=KEY",
         )
 
-    def _by_step(self, table: Table) -> dict[int, dict[str, float]]:
+    def _by_step(self, table: Table) -> _Steps:
         """Return the scalars of each step."""
         columns = table.columns
         found = {quantity: self._keys(quantity, columns) for quantity in SCALARS}
@@ -361,32 +379,32 @@ class ScalarLog:
             key: self._series(key, columns[key], records, steps)
             for key in dict.fromkeys(key for keys in found.values() for key in keys)
         }
-        scalars: dict[int, dict[str, float]] = {}
+        # A step at which no value is used is logged nevertheless: it is not waited for.
+        numbers: set[int] = set()
+        values: dict[str, dict[int, float]] = {}
         for quantity, keys in found.items():
             of_keys: dict[int, float] = {}
             unequal: set[int] = set()
             for key in keys:
-                for step, value in self._values(quantity, key, series, table).items():
-                    # A step at which no value is used is logged nevertheless: it is not waited for.
-                    scalars.setdefault(step, {})
-                    if value is None:
-                        continue
-                    before = of_keys.setdefault(step, value)
-                    if before != value and not (math.isnan(before) and math.isnan(value)):
+                known, ambiguous = self._values(quantity, key, series, table)
+                numbers.update(known, ambiguous)
+                for step in of_keys.keys() & known.keys():
+                    if of_keys[step] != known[step] and not (math.isnan(of_keys[step]) and math.isnan(known[step])):
                         unequal.add(step)
+                of_keys = known | of_keys if of_keys else known
             if unequal:
                 self._notes.append(
                     f"{quantity} differs between {', '.join(keys)} at {len(unequal)} steps: no value is used there"
                 )
             if keys and keys != [quantity] and quantity not in self._mapping:
                 self._notes.append(f"{quantity} is read from {', '.join(keys)}")
-            for step, value in of_keys.items():
-                if step not in unequal:
-                    scalars[step][quantity] = value
-        values = np.array([value for at_step in scalars.values() for value in at_step.values()])
-        if self._kind.single and np.array_equal(values.astype(np.float32), values, equal_nan=True):
+            for step in unequal:
+                del of_keys[step]
+            values[quantity] = of_keys
+        all_values = np.concatenate([np.fromiter(own.values(), np.float64) for own in values.values()])
+        if self._kind.single and np.array_equal(all_values.astype(np.float32), all_values, equal_nan=True):
             self._notes.append(_SINGLE_PRECISION)
-        return scalars
+        return _Steps(self.location, numbers, values)
 
     def _numbers(self, key: str, column: Column) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the record numbers, and the step number of each record."""
@@ -422,8 +440,8 @@ class ScalarLog:
 
     def _values(
         self, quantity: str, key: str, all_series: Mapping[str, Series], table: Table
-    ) -> dict[int, float | None]:
-        """Return the value of a key at each step that was not abandoned; None if it is ambiguous."""
+    ) -> tuple[dict[int, float], set[int]]:
+        """Return the value of a key at each step that was not abandoned, and the steps at which it is ambiguous."""
         series = self._select(quantity, key, all_series[key], table.labels)
         # If every record of the key contains another key as well, the steps of the latter show all restarts.
         sharing = [s for s in all_series.values() if np.isin(all_series[key].records, s.records).all()]
@@ -445,14 +463,16 @@ class ScalarLog:
             for group in distinct[:_GROUPS_LIMIT]
         ]
         all_groups = _concatenated(groups)
-        known, conflict = merged(all_groups)
-        values: dict[int, float | None] = dict.fromkeys(all_groups.steps.tolist()) | known
+        values, conflict = merged(all_groups)
+        ambiguous = set() if conflict is None else set(conflict.steps.tolist())
         # Records of one quantity, such as the learning rate of each rank, agree at the steps that they share.
-        distinct_steps = sum(len(np.unique(group.steps)) for group in groups)
-        agree = conflict is None and len(distinct) <= _GROUPS_LIMIT and distinct_steps > len(values)
+        agree = conflict is None and len(distinct) <= _GROUPS_LIMIT
+        agree = agree and sum(len(np.unique(group.steps)) for group in groups if labels) > len(values) + len(
+            ambiguous
+        )
         if labels and not agree:
             self._notes.append(self._differing(quantity, key, labels, table.labels, groups, conflict))
-            values = dict.fromkeys(values)
+            values, ambiguous = {}, ambiguous.union(values)
         elif conflict is not None:
             self._notes.append(
                 f"{key} has different values at {len(conflict.steps)} steps, {conflict.first[1]!r} and "
@@ -460,11 +480,13 @@ class ScalarLog:
                 "log one record for each step, or a key that tells them apart, such as split"
             )
         shift = self._shift.get(quantity, 0)
-        shifted = {step + shift: value for step, value in values.items()}
-        negative = sum(step < 0 for step in shifted)
+        if not shift:
+            return values, ambiguous
+        negative = sum(step + shift < 0 for steps in (values, ambiguous) for step in steps)
         if negative:
             self._notes.append(f"{negative} records of {key} are omitted: their shifted steps are negative")
-        return {step: value for step, value in shifted.items() if step >= 0}
+        shifted = {step + shift: value for step, value in values.items() if step + shift >= 0}
+        return shifted, {step + shift for step in ambiguous if step + shift >= 0}
 
     def _select(self, quantity: str, key: str, series: Series, labels: Mapping[str, Labels]) -> Series:
         """Return the records of a key that the mapping selects."""
@@ -558,6 +580,32 @@ def _concatenated(groups: Sequence[Series]) -> Series:
         np.concatenate([part.steps for part in parts]),
         np.concatenate([part.values for part in parts]),
     )
+
+
+class _Steps(Mapping[int, LoggedStep]):
+    """The steps of a log of scalars, and the values of each quantity by step."""
+
+    def __init__(self, location: Storage, numbers: Set[int], values: Mapping[str, Mapping[int, float]]) -> None:
+        self._location, self._numbers, self._values = location, numbers, values
+
+    def scalars(self, number: int) -> dict[str, float]:
+        """Return the scalars of a step."""
+        return {quantity: own[number] for quantity, own in self._values.items() if number in own}
+
+    def __getitem__(self, number: int) -> LoggedStep:
+        if number not in self._numbers:
+            raise KeyError(number)
+        values = " ".join(f"{name}={value!r}" for name, value in sorted(self.scalars(number).items()))
+        return LoggedStep(number, self._location, values=values)
+
+    def __contains__(self, number: object) -> bool:
+        return number in self._numbers
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._numbers)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
 
 
 class _Scalars:

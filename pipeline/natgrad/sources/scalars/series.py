@@ -137,6 +137,8 @@ def merged(series: Series) -> tuple[dict[int, float], Conflict | None]:
     >>> values, conflict.steps.tolist()
     ({0: 5.0}, [1])
     """
+    if (np.diff(series.steps) > 0).all():
+        return dict(zip(series.steps.tolist(), series.values.tolist(), strict=True)), None
     steps, first, inverse = np.unique(series.steps, return_index=True, return_inverse=True)
     expected = series.values[first][inverse]
     differ = (series.values != expected) & ~(np.isnan(series.values) & np.isnan(expected))
