@@ -115,6 +115,7 @@ COLUMNS = {
     "ingestion": 3,
     "kernel": 1,
     "natgrad_flows": 2,
+    "objectives": 1,
     "recording": 0,
     "reporting": 4,
     "results": 4,

@@ -53,8 +53,12 @@ def run_page(path, languages=("python", "sh", "console")):
     """Run the examples of a page, in their order, and return their number.
 
     The lines of ``sh`` are commands. ``console`` has commands after ``$`` and what they print, where ``...`` stands
-    for any text. ``python`` is a program, or a session with ``>>>``.
+    for any text. ``python`` is a program, or a session with ``>>>``. Blocks with a title are files.
     """
+    for name, content in re.findall(
+        r'^```\w+ title="([\w.]+)"\n(.*?)^```$', path.read_text(), re.DOTALL | re.MULTILINE
+    ):
+        Path(name).write_text(content)
     parsers = {
         "python": PythonCodeBlockParser(),
         "sh": CodeBlockParser(language="sh", evaluator=_run_shell),

@@ -31,10 +31,11 @@ IMPORTS = {
     "results": {"schema", "storage", "kernel", "theory", "store", "sources"},
     "compute": {"schema", "storage", "kernel", "theory", "store", "sources"},
     "ingestion": {"schema", "storage", "kernel", "theory", "store", "sources"},
+    "objectives": {"schema", "storage", "kernel", "theory", "store", "sources", "compute", "recording"},
     "reporting": {"schema", "storage", "kernel", "theory", "store", "sources", "results", "compute", "ingestion"},
     "app": {
         *("schema", "storage", "kernel", "theory", "store", "sources", "results", "compute", "ingestion"),
-        *("reporting", "recording", "experiments"),
+        *("reporting", "recording", "experiments", "objectives"),
     },
 }
 IMPORTS["natgrad"] = set(IMPORTS)
@@ -64,7 +65,8 @@ HOMES = {
     "sqlite3": {"sources"},
     "fsspec": {"storage"},
     "mlxtend": {"experiments"},
-    "torch": {"recording"},
+    "torch": {"recording", "objectives"},
+    "jax": {"objectives"},
     "transformers": {"recording"},
     "lightning": {"recording"},
 }

@@ -19,7 +19,7 @@ from natgrad.app import options
 from natgrad.schema.errors import InputError
 from natgrad.schema.logs import logger
 from natgrad.storage import require_local
-from natgrad_flows.runs import analyze_run, ingest_run, process_run
+from natgrad_flows.runs import analyze_run, ingest_run, process_run, replay_run
 from natgrad_flows.scan import scan_runs
 from natgrad_flows.server import require_server
 
@@ -137,7 +137,7 @@ def deployments(root: options.Root, out: options.RunsFolder, values: Mapping[str
         # If a scan takes longer than the interval of the schedule, no second scan starts.
         concurrency_limit=ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW),
     )
-    return [scan, *(_deployment(flow, name) for flow in (process_run, ingest_run, analyze_run))]
+    return [scan, *(_deployment(flow, name) for flow in (process_run, ingest_run, analyze_run, replay_run))]
 
 
 def _deployment(flow: Any, name: str, **settings: Any) -> RunnerDeployment:

@@ -45,13 +45,13 @@ from natgrad.app import options
 from natgrad.app.folder import RunFolder
 from natgrad.app.run import Analysis
 from natgrad.app.scan import Busy, Outcome, error_parts, only_processor, process_once
-from natgrad.app.stages import analyze_stage, ingest_stage, report_stage
+from natgrad.app.stages import analyze_stage, ingest_stage, replay_stage, report_stage
 from natgrad.app.worker import ProcessLost, Worker
 from natgrad.sources.steps import NotYet
 from natgrad.storage import Storage, open_storage
 from natgrad_flows.parameters import with_parameters
 
-__all__ = ["ProgressArtifact", "analyze_run", "ingest_run", "mark_crashed", "process_run", "uri"]
+__all__ = ["ProgressArtifact", "analyze_run", "ingest_run", "mark_crashed", "process_run", "replay_run", "uri"]
 
 
 class IngestParameters(options.ReadOptions, options.OverwriteOptions, options.ProcessLimits, total=False):
@@ -64,6 +64,10 @@ class AnalyzeParameters(options.AnalyzeOptions, options.ProcessLimits, total=Fal
 
 class ProcessParameters(options.RunOptions, options.OverwriteOptions, options.ProcessLimits, total=False):
     """Options of `process_run`."""
+
+
+class ReplayParameters(options.ReplayOptions, options.ProcessLimits, total=False):
+    """Options of `replay_run`."""
 
 
 class _IngestedWith(options.ReadOptions, options.OverwriteOptions, total=False):
@@ -162,6 +166,13 @@ def _analyze(out: options.Out, analysis: Analysis, worker: Worker) -> dict[str, 
     return _called(worker, "chunks-computed", out, analyze_stage, out, analysis)
 
 
+@task(name="replay", **_RETRY)
+def _replay(source: options.Source, out: options.Out, values: Mapping[str, Any], worker: Worker) -> dict[str, Any]:
+    return _called(
+        worker, "evaluations", out, replay_stage, source, out, options.selected(options.ReplayOptions, values)
+    )
+
+
 @task(name="report", **_RETRY)
 def _report(out: options.Out, worker: Worker) -> dict[str, Any]:
     return _called(worker, "pages", out, report_stage, out)
@@ -222,9 +233,31 @@ def analyze_run(out: options.Out, **values: Unpack[AnalyzeParameters]) -> dict[s
         return _analyzed(out, Analysis.of(values), worker)
 
 
+@flow(name="replay-run", flow_run_name=_flow_name)
+@with_parameters(ReplayParameters)
+def replay_run(source: options.Source, out: options.Out, **values: Unpack[ReplayParameters]) -> dict[str, Any]:
+    """Evaluate an objective at the states of a log without gradients, and process the run.
+
+    Parameters
+    ----------
+    **options
+
+    Returns
+    -------
+    dict
+        `natgrad.app.summaries.ReplaySummary` in its JSON form.
+    """
+    with closing(_worker(values)) as worker:
+        return _shown(out, _replay(source, out, values, worker), "replayed")
+
+
 def _analyzed(out: options.Out, analysis: Analysis, worker: Worker) -> dict[str, Any]:
-    summary = _analyze(out, analysis, worker) | _report(out, worker)
-    _table("analyzed", out, summary)
+    return _shown(out, _analyze(out, analysis, worker) | _report(out, worker), "analyzed")
+
+
+def _shown(out: options.Out, summary: dict[str, Any], what: str) -> dict[str, Any]:
+    """Create the artifacts of results, and return their summary."""
+    _table(what, out, summary)
     create_link_artifact(
         link=uri(RunFolder.of(out).report),
         link_text=f"Report of {Path(out).name}",

@@ -8,6 +8,8 @@ Process a log, and open the results:
 
 ``process``, ``ingest``, ``analyze``, ``report``
     Process one run completely, or do one stage.
+``replay``, ``TorchObjective``, ``JaxObjective``, ``causal_lm_loss``
+    Evaluate an objective at the states of a log without gradients, and process the run.
 ``inspect``, ``verify``
     Describe a log before it is processed; verify stored data against its checksums.
 ``materialize``, ``slim``
@@ -32,9 +34,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from natgrad.app.api import analyze, ingest, inspect, materialize, process, report, slim, verify
+    from natgrad.app.api import analyze, ingest, inspect, materialize, process, replay, report, slim, verify
     from natgrad.app.opening import open_ledger, open_results, open_states, open_trajectory
     from natgrad.app.scan import scan
+    from natgrad.objectives.jax import JaxObjective
+    from natgrad.objectives.torch import TorchObjective, causal_lm_loss
     from natgrad.recording.lightning import LightningWatch
     from natgrad.recording.recorder import Recorder
     from natgrad.recording.torch import watch
@@ -45,13 +49,16 @@ if TYPE_CHECKING:
 
 __all__ = [
     "InputError",
+    "JaxObjective",
     "LightningWatch",
     "Metric",
     "Recorder",
+    "TorchObjective",
     "Unavailable",
     "WatchCallback",
     "__version__",
     "analyze",
+    "causal_lm_loss",
     "ingest",
     "inspect",
     "materialize",
@@ -60,6 +67,7 @@ __all__ = [
     "open_states",
     "open_trajectory",
     "process",
+    "replay",
     "report",
     "scan",
     "slim",
@@ -69,12 +77,15 @@ __all__ = [
 
 _MODULES = {
     "InputError": "natgrad.schema.errors",
+    "JaxObjective": "natgrad.objectives.jax",
     "LightningWatch": "natgrad.recording.lightning",
     "Metric": "natgrad.theory.metric_operators",
     "Recorder": "natgrad.recording.recorder",
+    "TorchObjective": "natgrad.objectives.torch",
     "Unavailable": "natgrad.schema.errors",
     "WatchCallback": "natgrad.recording.transformers",
     "__version__": "natgrad.schema.version",
+    "causal_lm_loss": "natgrad.objectives.torch",
     "open_ledger": "natgrad.app.opening",
     "open_results": "natgrad.app.opening",
     "open_states": "natgrad.app.opening",

@@ -23,6 +23,7 @@ NAMES = {
     *("process", "ingest", "analyze", "report", "inspect", "verify", "scan", "materialize", "slim", "open_states"),
     *("open_results", "open_trajectory", "open_ledger", "Metric", "InputError", "Unavailable"),
     *("watch", "Recorder", "WatchCallback", "LightningWatch"),
+    *("replay", "TorchObjective", "JaxObjective", "causal_lm_loss"),
     "__version__",
 }
 

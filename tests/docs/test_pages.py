@@ -76,6 +76,14 @@ def test_the_guide_to_recovery_processes_states_of_the_optimizer(tmp_path, monke
     assert natgrad.open_results("runs/recovered").attrs["gradient_source"] == "recovered"
 
 
+@pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*")
+def test_the_guide_to_replay_agrees_with_the_training_loop(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = DOCS / "howto" / "replay.md"
+    assert run_page(page) == blocks(page) == 4
+    assert natgrad.open_results("runs/suite").attrs["gradient_source"] == "replayed"
+
+
 def test_the_guide_to_inspect_finds_and_processes_a_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     page = DOCS / "howto" / "inspect.md"

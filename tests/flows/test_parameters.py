@@ -22,6 +22,7 @@ FLOWS = {
     "process-run": lambda: (runs.process_run, options.RunOptions, options.OverwriteOptions, options.ProcessLimits),
     "ingest-run": lambda: (runs.ingest_run, options.ReadOptions, options.OverwriteOptions, options.ProcessLimits),
     "analyze-run": lambda: (runs.analyze_run, options.AnalyzeOptions, options.ProcessLimits),
+    "replay-run": lambda: (runs.replay_run, options.ReplayOptions, options.ProcessLimits),
     "scan-runs": lambda: (scans.scan_runs, options.ScanFlowOptions),
     "demo": lambda: (demo.demo, options.DemoOptions),
 }
@@ -36,7 +37,7 @@ def test_the_parameter_form_has_every_option_with_its_description(name):
     assert set(form) - {"source", "root", "out"} == set(declared)
     for option, one in declared.items():
         assert form[option]["description"].startswith(one.description())
-        assert form[option]["default"] == one.option.default
+        assert one.option.required or form[option]["default"] == one.option.default
         assert f"\n{option} : " in flow.fn.__doc__
     assert all(form[argument]["description"] for argument in set(form) - set(declared))
     assert form["out"]["description"].startswith("Folder for the logs") == (name == "demo")

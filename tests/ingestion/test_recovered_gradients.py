@@ -299,7 +299,7 @@ def test_a_check_that_fails_later_leaves_the_commits_before_it(tmp_path, run):
 
 def test_the_origin_of_gradients_is_fixed_when_the_trajectory_is_created(tmp_path, log):
     ingest(log, tmp_path / "none")
-    with pytest.raises(InputError, match="created with gradients of the log"):
+    with pytest.raises(InputError, match="created with --gradient logged"):
         ingest(log, tmp_path / "none", **RECOVER)
     ingest(log, tmp_path / "out", largest_span=30, **RECOVER)
     with pytest.raises(InputError, match="with --gradient from-optimizer --largest-span 30"):

@@ -29,6 +29,7 @@ class States:
     dtypes: dict = field(default_factory=lambda: {"parameter": "float32", "gradient": "float32"})
     has_gradient: bool = True
     storage: str = "a store"
+    read_options: dict | None = None
 
     @property
     def numbers(self):

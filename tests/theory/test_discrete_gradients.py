@@ -152,6 +152,18 @@ def test_lambda_is_not_unique_and_the_three_of_the_errata_are_found():
     assert len(taylor_points(loss, gradient, hvp, [0.0], [1.49])) == 1
 
 
+def test_lambda_of_functions_in_single_precision_has_their_error():
+    def single(function):
+        return lambda *arguments: np.float32(function(*map(np.float32, arguments)))
+
+    functions = (single(lambda x: x[0] ** 4), single(lambda x: 4 * x**3), single(lambda x, v: 12 * x**2 * v))
+    with pytest.raises(InputError, match="no lambda"):
+        taylor_points(*functions, [1.0], [1.3])
+    (found,) = taylor_points(*functions, [1.0], [1.3], unit=2.0**-24)
+    # The curvature rounds to 4 u; lambda has this error, divided by the relative slope of the curvature, 2 p.
+    assert abs(found - (np.sqrt(1 + 0.2 + 0.015) - 1) / 0.3) <= 8 * 2.0**-24 / 0.6
+
+
 @given(drawn=segments)
 def test_equation_15_holds_with_every_discrete_gradient(drawn):
     size, seed, _ = drawn

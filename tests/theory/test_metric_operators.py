@@ -19,7 +19,7 @@ from natgrad.theory import geometry
 from natgrad.theory import metric_operators as metrics
 from natgrad.theory import symmetric_operators as operators
 from natgrad.theory.metric_operators import Metric, jackknife, pair_of, stochastic_metric
-from natgrad.theory.symmetric_operators import Kronecker, canonical_form, extreme_eigenvalues
+from natgrad.theory.symmetric_operators import Kronecker, canonical_form, extreme_eigenvalues, extremes_of_products
 from opened import open_source
 from reference import (
     assert_same_pair,
@@ -313,6 +313,38 @@ def test_invalid_shapes_are_an_error():
 
 
 # Any metric --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.linspace(-1.0, 4.0, 40),
+        np.linspace(-4.0, 1.0, 40),
+        np.append(np.linspace(1e-6, 2e-6, 39), 1e3),  # the smallest is far below the tolerance
+        np.full(30, 2.5),
+        np.array([3.0]),
+        np.array([-1.0, 2.0]),
+        np.zeros(20),
+    ],
+)
+def test_extreme_eigenvalues_of_rounded_products_are_within_the_tolerance(values):
+    rotation = np.linalg.qr(np.random.default_rng(1).standard_normal((len(values),) * 2))[0]
+    matrix = ((rotation * values) @ rotation.T).astype(np.float32)
+    low, high = extremes_of_products(lambda vector: matrix @ vector.astype(np.float32), len(values), 2.0**-12)
+    bound = 2.0**-12 * abs(values).max()
+    assert abs(low - values.min()) <= bound
+    assert abs(high - values.max()) <= bound
+
+
+def test_eigenvalues_that_are_too_close_for_the_tolerance_are_an_error():
+    def second_difference(vector):
+        found = 2 * vector
+        found[1:] -= vector[:-1]
+        found[:-1] -= vector[1:]
+        return found
+
+    with pytest.raises(InputError, match="did not converge"):
+        extremes_of_products(second_difference, 2000, 1e-12)
 
 
 def test_the_extreme_eigenvalues_are_the_same_of_every_kind_of_matrix():

@@ -20,6 +20,7 @@ from natgrad.app.summaries import (
     Inspection,
     MovedStates,
     ProcessSummary,
+    ReplaySummary,
     Report,
     Verification,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "inspect",
     "materialize",
     "process",
+    "replay",
     "report",
     "slim",
     "verify",
@@ -135,6 +137,34 @@ def _repeated(once: Callable[[bool, StepWait | None], T | None], values: Mapping
         interval=values["interval"],
         idle_timeout=values["idle_timeout"],
     )
+
+
+@options.with_options(options.ReplayOptions)
+def replay(
+    source: options.Source,
+    out: options.Out,
+    *,
+    progress: options.Progress = None,
+    **values: Unpack[options.ReplayOptions],
+) -> ReplaySummary:
+    """Evaluate an objective at the states of a log without gradients, and process the run with its gradients.
+
+    Parameters
+    ----------
+    **options
+
+    Returns
+    -------
+    ReplaySummary
+
+    Raises
+    ------
+    InputError
+        If an option or the log is not valid, or the objective fails. Evaluated states are kept.
+    """
+    from natgrad.app import run
+
+    return run.replay_run(source, out, values, progress=progress)
 
 
 @options.with_options(options.AnalyzeOptions)

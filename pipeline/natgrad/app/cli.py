@@ -294,6 +294,25 @@ def process(
 
 
 @app.command()
+@command_options(options.ReplayOptions)
+def replay(
+    source: options.Source,
+    out: options.Out,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+    **values: Any,
+) -> None:
+    """Evaluate an objective at the states of a log without gradients, and process the run."""
+    from natgrad.app import api
+
+    output = Output(as_json, quiet)
+    source, out = _split_arguments(source, out, values)
+    with output.progress() as progress:
+        summary = api.replay(source, out, progress=progress, **values)
+    output.show(summary)
+
+
+@app.command()
 @command_options(options.IngestOptions)
 def ingest(
     source: options.Source,

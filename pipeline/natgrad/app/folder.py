@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from natgrad.sources.replayed import REPLAY
 from natgrad.storage import Location, Storage, open_out
 
 __all__ = [
@@ -31,6 +32,11 @@ class RunFolder:
     def ledger(self) -> Storage:
         """Gram ledger."""
         return self.storage / "ledger.zarr"
+
+    @property
+    def replay(self) -> Storage:
+        """Folder of the evaluations of an objective."""
+        return self.storage / REPLAY
 
     @property
     def results(self) -> Storage:

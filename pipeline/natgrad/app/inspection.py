@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -161,6 +162,7 @@ def _inspected(paths: Sequence[Storage], options: Mapping[str, Any], memory_limi
             with suppress(Unreadable):
                 notes += [note] if (note := misalignment(log, steps, completed)) else []
             values |= _plan(log, steps, completed, memory_limit)
+            values["gradient_from"] = _gradient_from(found, values)
             values["objective"] = objective_of(log, steps, completed, Deadline(_OBJECTIVE_SECONDS))
     elif found.parts:
         part = found.parts[0].part
@@ -168,6 +170,32 @@ def _inspected(paths: Sequence[Storage], options: Mapping[str, Any], memory_limi
         values |= _description(log, log.steps(), sweep=False)
         notes += values["notes"]
     return Inspection(**{**values, "notes": list(dict.fromkeys(notes))})
+
+
+def _gradient_from(found: Diagnosis, values: Mapping[str, Any]) -> dict[str, str] | None:
+    """Return how a log without gradients can be processed with gradients, the cheapest approach first."""
+    assert found.chosen is not None
+    proposal = found.chosen.proposal
+    if "gradient" in values["holds"] and not proposal.recover:
+        return None
+    recovering = replace(proposal, recover=True).command
+    if proposal.recover:
+        recover = f"{recovering}: about {values['process_seconds']:g} s; the gradient is that of each mini-batch"
+    elif recovering in found.refused:
+        recover = f"not possible: {found.refused[recovering].what}"
+    else:
+        recover = "not possible: the states of the optimizer were not saved"
+    states, elements = values["steps"], values["elements"]
+    read = values.get("ingest_seconds", 0.0)
+    approaches = {
+        "recover": recover,
+        "replay": f"{proposal.replay_command}: evaluates an objective of yours at each state, which takes {states} "
+        f"forward and backward passes over its data and about {read:g} s to read the states; OUT then has "
+        f"{states * elements * 4 / 1e9:.3g} GB of gradients",
+        "record": "natgrad.watch(optimizer, FOLDER) in the training program, for the next run: a pass over the "
+        "parameters for each update",
+    }
+    return {name: text for name, text in approaches.items() if name != "replay" or not proposal.sweep}
 
 
 def _given(options: Mapping[str, Any]) -> bool:

@@ -51,6 +51,7 @@ __all__ = [
     "Progress",
     "Quiet",
     "ReadOptions",
+    "ReplayOptions",
     "Root",
     "RunOptions",
     "RunsFolder",
@@ -451,6 +452,13 @@ def _scheduler_address(address: str) -> str:
     return address
 
 
+def _objective_name(name: str) -> str:
+    from natgrad.objectives.objective import split_name
+
+    split_name(name)
+    return name
+
+
 def _formats() -> Iterable[str]:
     from natgrad.sources.formats import FORMATS
 
@@ -534,7 +542,7 @@ DemoOut = Annotated[
 Progress = Annotated[
     StageProgress | None,
     Option(
-        "Called with the stage (ingest, analyze), the number of items done and the total number of items.",
+        "Called with the stage (replay, ingest, analyze), the number of items done and the total number of items.",
         unset="no calls",
     ),
 ]
@@ -573,8 +581,8 @@ _MemoryLimit = Annotated[
 ]
 
 
-class LogOptions(TypedDict, total=False):
-    """Options for opening a log."""
+class RunLogOptions(TypedDict, total=False):
+    """Options for opening the log of one run."""
 
     format: Annotated[
         str | None,
@@ -625,6 +633,11 @@ class LogOptions(TypedDict, total=False):
             False,
         ),
     ]
+
+
+class LogOptions(RunLogOptions, total=False):
+    """Options for opening a log."""
+
     sweep: Annotated[bool, Option("Read a folder that contains the logs of many runs of one model.", False)]
 
 
@@ -643,8 +656,8 @@ class ReadOptions(LogOptions, total=False):
     gradient: Annotated[
         str | None,
         Option(
-            "Where gradients come from: logged, or from-optimizer, which recovers them from consecutive states of "
-            "the optimizer.",
+            "Where gradients come from: logged; from-optimizer, which recovers them from consecutive states of the "
+            "optimizer; or replayed, the evaluations of natgrad replay in OUT.",
             unset="logged",
             metavar="NAME",
             choices=_gradients,
@@ -840,6 +853,54 @@ class ProcessOptions(RunOptions, OverwriteOptions, FollowOptions, total=False):
 
 class IngestOptions(ReadOptions, OverwriteOptions, FollowOptions, total=False):
     """Options of `natgrad.ingest`."""
+
+
+class ReplayOptions(RunLogOptions, AnalyzeOptions, OverwriteOptions, total=False):
+    """Options of `natgrad.replay`."""
+
+    objective: Annotated[
+        str,
+        Option(
+            "Function without arguments that returns the objective, as package.module:factory. Modules are also "
+            "found in the current directory.",
+            metavar="MODULE:FACTORY",
+            required=True,
+            check=_objective_name,
+        ),
+    ]
+    hvp: Annotated[
+        bool,
+        Option("Also evaluate the product of the Hessian with each displacement, at the state before it.", False),
+    ]
+    taylor_point: Annotated[
+        bool,
+        Option(
+            "Also find lambda of eq. (11) for each update. The Hessian is then evaluated there, and its product is "
+            "evaluated as with {hvp}.",
+            False,
+        ),
+    ]
+    hessian_eigenvalues: Annotated[
+        bool, Option("Also compute the extreme eigenvalues of the Hessian for each update, by Lanczos.", False)
+    ]
+    threads: Annotated[
+        int | None,
+        Option(
+            "Number of threads that libraries may use in each worker on this machine.",
+            unset="the number of processors, divided by the number of workers, or that of existing evaluations",
+            metavar="N",
+            minimum=1,
+        ),
+    ]
+    devices: Annotated[
+        Sequence[str] | None,
+        Option(
+            "Device of CUDA (CUDA_VISIBLE_DEVICES) of a worker on this machine. Workers take the devices in turn.",
+            unset="workers see all devices",
+            flag="--device",
+            metavar="DEVICE",
+        ),
+    ]
 
 
 class InspectOptions(LogOptions, total=False):

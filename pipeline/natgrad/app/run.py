@@ -10,6 +10,7 @@ import errno
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from natgrad.app import options
@@ -17,7 +18,7 @@ from natgrad.app.copying import LARGE_LOG_BYTES, copy_notice
 from natgrad.app.folder import RunFolder
 from natgrad.app.memory import memory_errors
 from natgrad.app.progress import StageProgress, stage
-from natgrad.app.summaries import AnalysisSummary, IngestSummary, ProcessSummary, Report
+from natgrad.app.summaries import AnalysisSummary, IngestSummary, ProcessSummary, ReplaySummary, Report
 from natgrad.compute import executors
 from natgrad.compute.clusters import require_cluster, require_configuration
 from natgrad.compute.ledger_pass import compute_ledger, plan_ledger
@@ -25,6 +26,7 @@ from natgrad.compute.plan import PlanLimits
 from natgrad.compute.processors import usable_processors
 from natgrad.compute.work import calls
 from natgrad.ingestion import Extent, StepWait, buffer_bytes, ingest
+from natgrad.ingestion.read_options import ReadOptions
 from natgrad.results import dataset as results
 from natgrad.results.blocks import BlockTask, BlockWork
 from natgrad.results.building import build
@@ -33,10 +35,11 @@ from natgrad.results.sizes import block_bytes, require_memory
 from natgrad.schema.errors import InputError, Unavailable
 from natgrad.schema.layout import IngestLimits, TrajectoryShape
 from natgrad.schema.logs import logger
-from natgrad.schema.names import ATTEMPT, REPLICATE_LOSS
+from natgrad.schema.names import ATTEMPT, REPLAYED, REPLICATE_LOSS
 from natgrad.schema.version import RESULTS_VERSION, __version__
+from natgrad.sources.replayed import Replays
 from natgrad.sources.steps import NotYet
-from natgrad.storage import Location, Storage, open_all, open_storage, storage_errors
+from natgrad.storage import LocalStorage, Location, Storage, open_all, open_storage, require_local, storage_errors
 from natgrad.store import Ledger, Trajectory, exists
 
 __all__ = [
@@ -45,6 +48,7 @@ __all__ = [
     "analyze_run",
     "ingest_run",
     "process_run",
+    "replay_run",
     "report_run",
 ]
 
@@ -309,6 +313,8 @@ def _analyze(
         },
     }
     provenance |= {"unfinished": states.unfinished} if states.unfinished else {}
+    if ReadOptions.of(states).is_replayed:
+        provenance["replay"] = Replays(folder.replay).provenance()
     additional = {}
     if states.replicates:
         # This imports SciPy's operators, which take a third of a second to load.
@@ -511,6 +517,86 @@ def process_run(
         return None
     analyzed = analyze_run(out, analysis, progress=progress)
     return ProcessSummary(**vars(ingested), **vars(analyzed), **vars(report_run([out], progress=progress)))
+
+
+def replay_run(
+    source: Location | Sequence[Location],
+    out: Location,
+    values: Mapping[str, Any],
+    *,
+    progress: StageProgress | None = None,
+) -> ReplaySummary:
+    """Evaluate an objective at the states of a log, and process the run with its gradients.
+
+    Parameters
+    ----------
+    source, out
+        See `ingest_run`. OUT is a local folder.
+    values : mapping
+        Validated options of `natgrad.app.options.ReplayOptions`.
+    progress : callable, optional
+        Called with the stage, the items done and the total number of items.
+    """
+    # Workers import the module of the objective, and the libraries that it needs.
+    from natgrad.objectives.evaluation import Curvature
+    from natgrad.objectives.replay import LogOptions, evaluate_log
+
+    analysis = Analysis.of(values)
+    folder, sources = RunFolder(LocalStorage(require_local(out, "OUT")).absolute()), open_all(source)
+    replays = Replays(folder.replay)
+    with storage_errors(*sources, folder.storage), ExitStack() as stack:
+        of_log = options.selected(options.RunLogOptions, values)
+        read = ReadOptions.requested(
+            sources,
+            of_log["mapping"],
+            of_log["shift"],
+            of_log["pattern"],
+            of_log["exact_names"],
+            gradient=REPLAYED,
+        )
+        read = read if values["overwrite"] else read.for_resuming(folder.trajectory)
+        log = LogOptions(
+            tuple(one.absolute() for one in sources),
+            of_log["format"],
+            read.mapping,
+            read.shift,
+            read.pattern,
+            read.exact_names,
+        )
+        if values["scheduler"] is None and values["cluster"] is None:
+            devices = values["devices"] or ()
+            workers = values["workers"] or len(devices) or usable_processors()
+            begun = "" if values["overwrite"] else replays.document("fingerprint").get("threads", "")
+            kept = int(begun) if begun.isdecimal() else max(1, usable_processors() // workers)
+            executor = executors.processes(workers, values["threads"] or kept)
+        else:
+            executor, devices = analysis.executor(stack), ()
+        evaluated = evaluate_log(
+            log,
+            replays,
+            executor,
+            objective=values["objective"],
+            folder=str(Path.cwd()),
+            curvature=Curvature(values["hvp"], values["taylor_point"], values["hessian_eigenvalues"]),
+            devices=devices,
+            overwrite=values["overwrite"],
+            progress=stage(progress, "replay"),
+        )
+    processed = process_run(
+        source,
+        out,
+        {
+            **{name: option.option.default for name, option in options.declared(options.RunOptions).items()},
+            **options.selected(options.RunOptions, values),
+            "gradient": REPLAYED,
+            "in_place": True,
+            "allow_gaps": True,
+        },
+        overwrite=values["overwrite"],
+        progress=progress,
+    )
+    assert processed is not None  # it is None only for a log that is followed
+    return ReplaySummary(**vars(processed), new_evaluations=evaluated.pop("new_evaluations"), replay=evaluated)
 
 
 def _trees(named: Mapping[str, RunFolder]) -> dict[str, Any]:

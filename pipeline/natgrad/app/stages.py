@@ -9,7 +9,7 @@ from natgrad.app import run
 from natgrad.app.progress import StageProgress
 from natgrad.storage import Location
 
-__all__ = ["analyze_stage", "ingest_stage", "process_stages", "report_stage"]
+__all__ = ["analyze_stage", "ingest_stage", "process_stages", "replay_stage", "report_stage"]
 
 
 def ingest_stage(
@@ -27,6 +27,13 @@ def ingest_stage(
 def analyze_stage(out: Location, analysis: run.Analysis, progress: StageProgress) -> dict[str, Any]:
     """Analyze a run; see `natgrad.app.run.analyze_run`."""
     return run.analyze_run(out, analysis, progress=progress).to_json()
+
+
+def replay_stage(
+    source: Location | Sequence[Location], out: Location, values: Mapping[str, Any], progress: StageProgress
+) -> dict[str, Any]:
+    """Replay a run; see `natgrad.app.run.replay_run`."""
+    return run.replay_run(source, out, values, progress=progress).to_json()
 
 
 def report_stage(out: Location, progress: StageProgress) -> dict[str, Any]:

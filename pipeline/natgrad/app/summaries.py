@@ -18,6 +18,7 @@ __all__ = [
     "Inspection",
     "MovedStates",
     "ProcessSummary",
+    "ReplaySummary",
     "Report",
     "ScanSummary",
     "ScannedRun",
@@ -113,6 +114,23 @@ class ProcessSummary(Report, AnalysisSummary, IngestSummary):
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
+class ReplaySummary(ProcessSummary):
+    """Summary of the replay of a run.
+
+    Attributes
+    ----------
+    new_evaluations : int
+        Number of evaluations of states and updates by this replay.
+    replay : dict
+        Objective, fingerprint, determinism and number of all evaluations; see
+        `natgrad.sources.replayed.Replays.provenance`.
+    """
+
+    new_evaluations: int
+    replay: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Inspection(Summary):
     """Contents of a folder or file, the command that processes it, missing quantities, and the cost of processing.
 
@@ -143,6 +161,8 @@ class Inspection(Summary):
     objective : str, optional
         Whether losses and gradients belong to one objective: ``consistent``, ``not consistent`` or ``unknown``,
         with the reason.
+    gradient_from : mapping of str to str, optional
+        For a log without gradients: how to obtain them, and what that takes, the cheapest approach first.
     steps, first_step, last_step : int, optional
     runs : int, optional
         Number of runs of a sweep.
@@ -183,6 +203,7 @@ class Inspection(Summary):
     nearest_format: str | None = None
     provides: Mapping[str, str] = field(default_factory=dict)
     objective: str | None = None
+    gradient_from: Mapping[str, str] | None = None
     runs: int | None = None
     steps: int | None = None
     first_step: int | None = None

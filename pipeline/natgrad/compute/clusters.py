@@ -30,6 +30,7 @@ __all__ = [
     "named_scheduler",
     "require_cluster",
     "require_configuration",
+    "worker_number",
 ]
 
 _log = logger(__name__)
@@ -73,14 +74,16 @@ _SECTIONS = ("distributed", "jobqueue", "kubernetes")
 
 
 @contextmanager
-def local_scheduler(workers: int, memory_limit: int | None = None) -> Iterator[str]:
-    """Start single-thread Dask worker processes on this machine; yield the address of their scheduler.
+def local_scheduler(workers: int, memory_limit: int | None = None, threads: int = 1) -> Iterator[str]:
+    """Start Dask worker processes with one task at a time on this machine; yield the address of their scheduler.
 
     Parameters
     ----------
     workers : int
     memory_limit : int, optional
-        Bytes of each process.
+        Bytes of each process; 0 for no limit. Default: its share of the memory of the machine.
+    threads : int
+        Number of threads that libraries may use in each process.
     """
     import dask.config
     from distributed import LocalCluster
@@ -88,7 +91,7 @@ def local_scheduler(workers: int, memory_limit: int | None = None) -> Iterator[s
     # If Prefect has set up logging, each start and stop of a worker would be logged: by the scheduler in this
     # process, and by the workers, which set up logging before they receive any other configuration.
     logging.getLogger("distributed").setLevel(logging.WARNING)
-    environment = ONE_THREAD | {"DASK_LOGGING__DISTRIBUTED": "warning"}
+    environment = dict.fromkeys(ONE_THREAD, str(threads)) | {"DASK_LOGGING__DISTRIBUTED": "warning"}
     with (
         dask.config.set(
             {f"distributed.nanny.pre-spawn-environ.{key}": value for key, value in environment.items()}
@@ -97,7 +100,7 @@ def local_scheduler(workers: int, memory_limit: int | None = None) -> Iterator[s
             n_workers=workers,
             threads_per_worker=1,
             processes=True,
-            memory_limit=memory_limit or "auto",
+            memory_limit="auto" if memory_limit is None else memory_limit,
             config=dask.config.merge(dask.config.config, _WORKER_CONFIG),
             # Dask serves its health page even without a dashboard, and warns if another process uses the port.
             scheduler_kwargs={"dashboard": False, "dashboard_address": "127.0.0.1:0"},
@@ -105,6 +108,13 @@ def local_scheduler(workers: int, memory_limit: int | None = None) -> Iterator[s
         ) as cluster,
     ):
         yield cluster.scheduler_address
+
+
+def worker_number() -> int:
+    """Return the number of this process among the workers of `local_scheduler`, which a restarted worker keeps."""
+    from distributed import get_worker
+
+    return int(get_worker().name)
 
 
 @contextmanager

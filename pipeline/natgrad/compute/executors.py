@@ -31,6 +31,7 @@ __all__ = [
     "existing_cluster",
     "local",
     "named_cluster",
+    "processes",
     "require_scheduler",
     "serial",
     "threads",
@@ -148,6 +149,22 @@ def local(workers: int, memory_limit: int | None = None) -> Executor:
     return run
 
 
+def processes(workers: int, threads: int) -> Executor:
+    """Compute tasks in Dask worker processes on this machine, without a limit of their memory.
+
+    Parameters
+    ----------
+    workers, threads : int
+        Maximum number of processes, and number of threads that libraries may use in each.
+    """
+
+    def run(job: Work, items: Sequence[WorkItem], digests: Digests) -> Iterator[Any]:
+        with local_scheduler(min(workers, len(items)), 0, threads) as address:
+            yield from existing_cluster(address)(job, items, digests)
+
+    return run
+
+
 def named_cluster(
     name: str, workers: int, *, worker_seconds: float = WORKER_SECONDS, stack: ExitStack | None = None
 ) -> Executor:
@@ -213,7 +230,7 @@ def existing_cluster(
 
         def resuming() -> str:
             done = f"{finished} of {len(items)} chunks are done and kept"
-            return f"continue with: natgrad analyze {job.out} ({done})"
+            return f"{job.again} ({done})"
 
         try:
             with closing(client), worker_check(job) as check:

@@ -18,7 +18,7 @@ from natgrad.storage import Storage
 if TYPE_CHECKING:
     from natgrad.compute.executors import Executor
 
-__all__ = ["Work", "WorkItem", "calls"]
+__all__ = ["Call", "Work", "WorkItem", "calls"]
 
 
 class WorkItem(Protocol):
@@ -67,6 +67,11 @@ class Work(ABC):
     def worker_bytes(self) -> int:
         """Memory of a worker in addition to that of an idle process."""
 
+    @property
+    def again(self) -> str:
+        """Advice to a user who continues the work after an error."""
+        return f"continue with: natgrad analyze {self.out}"
+
     @abstractmethod
     def compute(self, task: Any) -> Any:
         """Compute one task."""
@@ -81,8 +86,8 @@ class Work(ABC):
 
 
 @dataclass(frozen=True)
-class _Call:
-    """An argument of `calls` as an item."""
+class Call:
+    """One argument of a function as an item."""
 
     chunk: LedgerChunk
     tiles: tuple[Any]
@@ -149,6 +154,6 @@ def calls(
     """
     folder = out.absolute()
     work = _Calls(function, folder, f"{folder.name}-{uuid.uuid4().hex}", kind, limits, task_bytes, worker_bytes)
-    items = [_Call(LedgerChunk(index, index + 1), (argument,)) for index, argument in enumerate(arguments)]
+    items = [Call(LedgerChunk(index, index + 1), (argument,)) for index, argument in enumerate(arguments)]
     digests = dict.fromkeys(range(len(items)), "")
     yield from executor(work, items, lambda: digests)

@@ -49,6 +49,7 @@ from natgrad.sources.base import StepContent
 from natgrad.sources.listed import ListedLog
 from natgrad.sources.opening import open_sources
 from natgrad.sources.optimizers.state import FactoredMetric
+from natgrad.sources.replayed import REPLAY, Replays
 from natgrad.sources.steps import ListingChanged, LoggedStep, NotYet, where
 from natgrad.storage import Storage
 from natgrad.store import Trajectory, exists
@@ -210,6 +211,7 @@ def ingest(
             pattern=options.pattern,
             exact_names=options.exact_names,
             recover=options.recover,
+            replays=Replays(store.parent / REPLAY) if options.is_replayed else None,
         )
     )
     stored, completed = list[int](), list[int]()

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 from natgrad.schema.errors import InputError
-from natgrad.schema.names import FROM_OPTIMIZER
+from natgrad.schema.names import FROM_OPTIMIZER, LOGGED, REPLAYED
 from natgrad.sources.names import SCALAR_LOG_QUANTITIES
 from natgrad.sources.recovered import LARGEST_SPAN
 from natgrad.sources.run_file import run_file_options
@@ -103,16 +103,34 @@ class ReadOptions:
             sources=stored.get("sources"),
         )
 
+    @classmethod
+    def of(cls, trajectory: Trajectory) -> Self:
+        """Return the options of a trajectory."""
+        return cls.from_json(trajectory.read_options or {})
+
     @property
     def recover(self) -> int | None:
         """Maximum number of updates between two states from which a gradient is recovered; None if none is."""
         return self.largest_span if self.gradient == FROM_OPTIMIZER else None
+
+    @property
+    def is_replayed(self) -> bool:
+        """True if gradients come from the evaluations of an objective."""
+        return self.gradient == REPLAYED
+
+    @property
+    def _origin(self) -> str:
+        """Origin of the gradients, as options of the command."""
+        span = "" if self.recover is None else f" --largest-span {self.recover}"
+        return f"--gradient {self.gradient or LOGGED}{span}"
 
     def to_json(self) -> dict[str, Any]:
         """Return the options in the form that a trajectory stores."""
         exact: dict[str, Any] = {"exact_names": True} if self.exact_names else {}
         if self.recover is not None:
             exact |= {"gradient": self.gradient, "largest_span": self.largest_span}
+        elif self.is_replayed:
+            exact |= {"gradient": self.gradient}
         if self.sources is not None:
             return {"sources": dict(self.sources), **exact}
         named = {"pattern": self.pattern} if self.pattern else {}
@@ -138,13 +156,9 @@ class ReadOptions:
         original = self.from_json(trajectory.read_options)
         if self.exact_names and not original.exact_names:
             raise _changed_options(store, "it was created without --exact-names")
-        if self.gradient is not None and self.recover != original.recover:
-            created = "with gradients of the log"
-            if original.recover is not None:
-                created = f"with --gradient {FROM_OPTIMIZER} --largest-span {original.recover}"
-            requested = "" if self.recover is None else f" --largest-span {self.recover}"
+        if self.gradient is not None and self._origin != original._origin:
             raise _changed_options(
-                store, f"it was created {created}, but --gradient {self.gradient}{requested} is passed now"
+                store, f"it was created with {original._origin}, but {self._origin} is passed now"
             )
         fixed: dict[str, Any] = {
             name: getattr(original, name) for name in ("exact_names", "gradient", "largest_span")

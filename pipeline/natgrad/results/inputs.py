@@ -17,8 +17,10 @@ from natgrad.schema.layout import Layout
 from natgrad.schema.logs import logger
 from natgrad.schema.names import (
     ATTEMPT,
+    HESSIAN_NUMBERS,
     METRIC_EIGENVALUES,
     OPTIMIZER_NUMBERS,
+    REPLAYED,
     RUN,
     TENSOR_WEIGHT_DECAY,
     WEIGHT_DECAY,
@@ -75,6 +77,8 @@ class UpdateTable:
         Number of restarts before each update was logged. Default: 0.
     hessian_min_eigenvalue : float64 array, shape (updates,), optional
         Smallest eigenvalue of the Hessian, NaN if not logged.
+    hessian_max_eigenvalue, taylor_point : float64 array, shape (updates,), optional
+        Largest eigenvalue, and lambda of eq. (11).
     runs : tuple of str, optional
         Names of the runs of a sweep.
     run : int64 array, shape (updates,), optional
@@ -92,6 +96,8 @@ class UpdateTable:
         What the loss and the gradient of a step are evaluated on; see `natgrad.schema.names.EVALUATIONS`.
     recovery : Recovery, optional
         Figures of the gradients, if they were recovered from states of the optimizer.
+    replayed : bool
+        The gradients are those of an objective that was evaluated at the states of the log.
     gradient_logged : bool array, shape (updates, 2), optional
         False if the state before, or after, the update has no gradient. Default: all have one.
     with_time : bool array, shape (updates,), optional
@@ -115,6 +121,8 @@ class UpdateTable:
     dtypes: Mapping[str, str]
     attempts: NDArray[np.int64] | None = None
     hessian_min_eigenvalue: Array | None = None
+    hessian_max_eigenvalue: Array | None = None
+    taylor_point: Array | None = None
     runs: tuple[str, ...] = ()
     run: NDArray[np.int64] | None = None
     loss_time_derivative: Array | None = None
@@ -123,6 +131,7 @@ class UpdateTable:
     weight_decay: Array | None = None
     evaluation: str = "unknown"
     recovery: Recovery | None = None
+    replayed: bool = False
     gradient_logged: NDArray[np.bool_] | None = None
     with_time: NDArray[np.bool_] | None = None
     loss_precision: tuple[float, float] | None = None
@@ -154,9 +163,11 @@ class UpdateTable:
 
     @property
     def gradient_source(self) -> str:
-        """Origin of the gradients: ``logged``, ``recovered``, or ``none`` if no state has one."""
+        """Origin of the gradients: ``logged``, ``recovered``, ``replayed``, or ``none`` if no state has one."""
         if self.recovery is not None:
             return "recovered"
+        if self.replayed:
+            return REPLAYED
         return "logged" if self.gradient_logged is None or self.gradient_logged.any() else "none"
 
     @property
@@ -287,6 +298,8 @@ def update_table(
     logged = np.full(len(attempts), states.has_gradient)
     logged[[state for state, names in states.lacking().items() if "gradient" in names]] = False
     recovery = Recovery.of(states, updates)
+    replayed = (states.read_options or {}).get("gradient") == REPLAYED
+    of_logged = "unknown" if recovery is None else "batch"
     rates, of_tensors = _learning_rates(states, updates, learning_rate)
     return updates, UpdateTable(
         gram=ledger.read_updates(updates) if with_gram else np.empty((len(updates), 0, 0, 0)),
@@ -300,15 +313,17 @@ def update_table(
         dtypes={"gradient": states.dtypes["parameter"], **states.dtypes},
         attempts=attempts[updates],
         hessian_min_eigenvalue=states.scalar("hessian_min_eigenvalue")[updates],
+        **{name: states.scalar(name)[updates] if name in states.scalars else None for name in HESSIAN_NUMBERS[1:]},
         runs=states.runs if states.sweep else (),
         run=run[updates] if states.sweep else None,
         loss_time_derivative=states.scalar("loss_time_derivative")[updates],
         optimizer=_optimizer(states, updates, rates) if set(states.tables) - set(WITHOUT_STATE) else None,
         tensor_learning_rate=of_tensors,
         weight_decay=_weight_decay(states, updates, steps[updates], ledger.layout, weight_decay),
-        # Each recovered gradient belongs to the mini-batch of its update.
-        evaluation="batch" if recovery is not None and evaluation == "unknown" else evaluation,
+        # Each recovered gradient belongs to the mini-batch of its update. An objective that is replayed is fixed.
+        evaluation=evaluation if evaluation != "unknown" else "fixed" if replayed else of_logged,
         recovery=recovery,
+        replayed=replayed,
         gradient_logged=np.stack([logged[updates], logged[updates + 1]], axis=1),
     )
 

@@ -14,6 +14,8 @@ variables::
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -71,6 +73,15 @@ def _learning_rate_comment(updates: Updates) -> str:
         "rates are part of the learning rule. Angle and condition number do not depend on this rate, but "
         "update_norm, alignment, eigenvalues and bounds do."
     )
+
+
+def _logged(name: str) -> Callable[[Updates], Array]:
+    """Return a function that returns a column of the table of updates."""
+
+    def column(updates: Updates) -> Array:
+        return np.asarray(getattr(updates.table, name))
+
+    return column
 
 
 def _update_to_weight(updates: Updates) -> Array:
@@ -144,6 +155,35 @@ _FAMILY = (*_COMPARED, GAMMA)
 _NO_METRIC = "NaN if the update is not effective."
 _OUT_OF_RANGE = "NaN if its square underflows or overflows in float64."
 _DISCRETE = DESCENTS[1:]
+
+_EXTREME = "Of the Hessian with which hvp was computed, if there is one."
+
+_HESSIAN = (
+    (
+        "hessian_min_eigenvalue",
+        "hessian_max_eigenvalue",
+        "loss parameter-2",
+        "lambda_min(H), below eq. (17)",
+        "smallest eigenvalue of the Hessian",
+        _EXTREME,
+    ),
+    (
+        "hessian_max_eigenvalue",
+        "hessian_max_eigenvalue",
+        "loss parameter-2",
+        "lambda_max(H)",
+        "largest eigenvalue of the Hessian",
+        _EXTREME,
+    ),
+    (
+        "taylor_point",
+        "taylor_point",
+        "1",
+        "lambda of eq. (11)",
+        "point of the displacement at which the Hessian was evaluated",
+        "0 is the state before the update, and 1 the state after it.",
+    ),
+)
 
 VARIABLES: dict[str, UpdateVariable] = {
     variable.name: variable
@@ -493,6 +533,20 @@ VARIABLES: dict[str, UpdateVariable] = {
             description="Near 0 if losses and gradients belong to one smooth objective, and up to 1 if they belong "
             "to changing batches. NaN if a loss is not known, if the changes are within the rounding errors of "
             "losses and states, or if the loss changes with time.",
+        ),
+        *(
+            UpdateVariable(
+                name=name,
+                compute=_logged(name),
+                needs=(needs,),
+                aggregations=("model",),
+                dimensions=(STEP,),
+                units=units,
+                equation=equation,
+                long_name=long_name,
+                description=f"{description} NaN if it is not known. Present only if it was logged or evaluated.",
+            )
+            for name, needs, units, equation, long_name, description in _HESSIAN
         ),
         # The Hessian is also that of the model: it includes the effect of other tensors on the gradient of a
         # tensor.

@@ -12,6 +12,7 @@ __all__ = [
     "GAMMA",
     "GRADIENTS",
     "GROUP",
+    "HESSIAN_NUMBERS",
     "HVP",
     "HYPERPARAMETERS",
     "LOGGED",
@@ -20,6 +21,7 @@ __all__ = [
     "OPTIMIZER_STATES",
     "RECORDED_VECTORS",
     "RECOVERY",
+    "REPLAYED",
     "REPLICATE",
     "REPLICATES",
     "REPLICATE_HVP",
@@ -129,14 +131,18 @@ HYPERPARAMETERS = ("tensor_learning_rate", TENSOR_WEIGHT_DECAY)
 WITHOUT_STATE = (*HYPERPARAMETERS, *RECOVERY)
 """Optimizer numbers that are stored with or without the rest of the state."""
 
-LOGGED, FROM_OPTIMIZER = "logged", "from-optimizer"
+LOGGED, FROM_OPTIMIZER, REPLAYED = "logged", "from-optimizer", "replayed"
 
-GRADIENTS = (LOGGED, FROM_OPTIMIZER)
-"""Where the gradients of a log come from: the log, or the differences between the states of its optimizer."""
+GRADIENTS = (LOGGED, FROM_OPTIMIZER, REPLAYED)
+"""Where the gradients of a log come from: the log, the differences between the states of its optimizer, or the
+evaluations of an objective at its states."""
 
 WEIGHT_DECAY = "decoupled_weight_decay"
 
-SCALARS = ("loss", "learning_rate", "loss_time_derivative", "hessian_min_eigenvalue", WEIGHT_DECAY)
+HESSIAN_NUMBERS = ("hessian_min_eigenvalue", "hessian_max_eigenvalue", "taylor_point")
+"""Scalars of the Hessian for an update: its extreme eigenvalues, and lambda of eq. (11), where it was evaluated."""
+
+SCALARS = ("loss", "learning_rate", "loss_time_derivative", *HESSIAN_NUMBERS, WEIGHT_DECAY)
 """Numbers of a step that a log may contain: arrays (step) of a trajectory, NaN where they were not logged."""
 
 USUAL_SCALARS = SCALARS[:2]

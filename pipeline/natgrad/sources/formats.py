@@ -18,6 +18,7 @@ from typing import Any
 from natgrad.schema.errors import InputError
 from natgrad.schema.extensions import Extension, registered
 from natgrad.schema.logs import logger
+from natgrad.schema.names import SCALARS
 from natgrad.sources.base import Source
 from natgrad.sources.checkpoints.bergson_store import BergsonFolder, holds_bergson
 from natgrad.sources.checkpoints.dcp_folder import DCP_KIND
@@ -253,10 +254,7 @@ _JSON_SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".jso
 _SCALAR_ALIGNMENT = (
     "step N of the logger must be the state after N updates, at which the loss was computed; otherwise use --shift"
 )
-_GIVES_SCALARS = (
-    "loss, learning_rate, loss_time_derivative, hessian_min_eigenvalue, decoupled_weight_decay, under common keys "
-    "or those of --map"
-)
+_GIVES_SCALARS = f"{', '.join(SCALARS)}, under common keys or those of --map"
 _LACKS_TENSORS = "tensors: pass the log that contains them as an additional SOURCE"
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from natgrad.schema.errors import InputError
-from natgrad.schema.names import REPLICATE_STATES, REPLICATES, SCALARS, STATES
+from natgrad.schema.names import HESSIAN_NUMBERS, REPLICATE_STATES, REPLICATES, SCALARS, STATES
 from natgrad.sources.bounds import parse_toml
 from natgrad.sources.container import Container
 from natgrad.sources.families import ANY_NAME
@@ -250,7 +250,7 @@ CHECKPOINT = Names(
         "loss": ("loss", "losses"),
         "learning_rate": _RATE,
         "loss_time_derivative": ("loss_time_derivative",),
-        "hessian_min_eigenvalue": ("hessian_min_eigenvalue",),
+        **{quantity: (quantity,) for quantity in HESSIAN_NUMBERS},
         "decoupled_weight_decay": ("decoupled_weight_decay", "weight_decay"),
         **{quantity: (quantity,) for quantity in REPLICATES},
         "step": ("step", "global_step", "iteration", "iter_num"),

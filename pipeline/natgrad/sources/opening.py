@@ -18,6 +18,7 @@ from natgrad.sources.joined import JoinedSource
 from natgrad.sources.ledger_log import LedgerLog, holds_ledgers
 from natgrad.sources.names import CHECKPOINT, SCALAR_LOG_QUANTITIES, checked_shift
 from natgrad.sources.recovered import Recovered
+from natgrad.sources.replayed import Replayed, Replays
 from natgrad.sources.run_file import find_run_file, listed_logs
 from natgrad.sources.scalars.scalar_log import Kind as ScalarKind
 from natgrad.sources.scalars.scalar_log import ScalarLog
@@ -112,6 +113,7 @@ def open_sources(
     pattern: str = "",
     exact_names: bool = False,
     recover: int | None = None,
+    replays: Replays | None = None,
 ) -> Source:
     """Open the logs of one run, joined by step if there are several, or open a folder of many runs.
 
@@ -128,6 +130,8 @@ def open_sources(
         Do not match names of tensors that differ by a known rule; see `natgrad.sources.tensor_names`.
     recover : int, optional
         Recover the gradients from states of the optimizer that are at most so many updates apart.
+    replays : Replays, optional
+        Evaluations of an objective at the states of the log, which has no gradients.
 
     Raises
     ------
@@ -136,6 +140,8 @@ def open_sources(
     """
     source = _open_sources(locations, format, mapping, shift, sweep=sweep, pattern=pattern)
     source = source if exact_names else MatchedNames(source)
+    if replays is not None:
+        return Replayed(source, replays)
     return source if recover is None else Recovered(source, recover)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from natgrad.schema.layout import STORAGE_DTYPES
-from natgrad.schema.names import SCALARS
+from natgrad.schema.names import HESSIAN_NUMBERS, SCALARS
 from natgrad.sources.families import ANY_NAME, left_out
 from natgrad.sources.search import is_step_file, names_below, skeleton, step_suffixes
 from natgrad.sources.step_names import STEP_FIELD, counts_other, role_of, words
@@ -36,7 +36,7 @@ _SCALAR_WORDS: dict[str, tuple[set[str], ...]] = {
     "loss": ({"loss"}, {"objective"}, {"cost"}, {"nll"}),
     "learning_rate": ({"learning", "rate"}, {"lr"}, {"eta"}, {"step", "size"}, {"stepsize"}),
     "loss_time_derivative": ({"loss", "time", "derivative"},),
-    "hessian_min_eigenvalue": ({"hessian", "min", "eigenvalue"},),
+    **{name: ({*name.split("_")},) for name in HESSIAN_NUMBERS},
     "step": ({"step"}, {"steps"}, {"iteration"}, {"iter"}, {"update"}, {"updates"}, {"batch"}, {"it"}),
 }
 _OTHER_SCALARS = {

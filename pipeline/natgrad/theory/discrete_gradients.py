@@ -40,8 +40,6 @@ Objective = Callable[[Array], float]
 Gradient = Callable[[Array], ArrayLike]
 
 _UNIT = 2.0**-53
-_ROOT = 2.0**-26
-"""Square root of the unit roundoff. Rounding errors are much smaller, mistakes are not."""
 _MOST_POINTS = 64
 """Maximum number of points between theta0 and theta1 at which eq. (11) is evaluated."""
 
@@ -202,6 +200,8 @@ def taylor_points(
     hvp: Callable[[Array, Array], ArrayLike],
     theta0: ArrayLike,
     theta1: ArrayLike,
+    *,
+    unit: float = _UNIT,
 ) -> Array:
     """Find lambda of Taylor's theorem (eq. 11), for which p' H(theta0 + lambda p) p / 2 is the remainder.
 
@@ -209,6 +209,8 @@ def taylor_points(
     ----------
     objective, gradient, hvp, theta0, theta1
         See `taylor`.
+    unit : float
+        Unit roundoff of the values of the functions: 2**-24 if they are computed in single precision.
 
     Returns
     -------
@@ -233,7 +235,7 @@ def taylor_points(
     start, end, step = _segment(theta0, theta1)
     first, length = _gradient(gradient, start), float(np.linalg.norm(step))
     before, after = _loss(objective, start), _loss(objective, end)
-    size, count, mean, last = 0.0, 2, np.nan, np.nan
+    size, count, mean, last, root = 0.0, 2, np.nan, np.nan, np.sqrt(unit)
 
     def curvature(share: float) -> float:
         nonlocal size
@@ -241,26 +243,27 @@ def taylor_points(
         size = max(size, length * float(np.linalg.norm(product)))
         return float(step @ product)
 
+    # Rounding errors are much smaller than the square root of the unit roundoff, mistakes are not.
     # Doubling the points of a Gauss rule roughly squares its error. After convergence only rounding errors remain.
-    while not abs(mean - last) <= _ROOT * size and count <= _MOST_POINTS:
+    while not abs(mean - last) <= root * size and count <= _MOST_POINTS:
         nodes, weights = roots_jacobi(count, 1.0, 0.0)
         nodes, values = (1.0 + nodes) / 2.0, np.array([curvature((1.0 + node) / 2.0) for node in nodes])
         last, mean, count = mean, float(weights @ values / weights.sum()), 2 * count
     missed = (after - before) - first @ step - mean / 2.0
     scale = abs(before) + abs(after) + float(np.linalg.norm(first)) * length + size
-    if not (abs(mean - last) <= _ROOT * size and abs(missed) <= _ROOT * scale):
+    if not (abs(mean - last) <= root * size and abs(missed) <= root * scale):
         raise InputError(
             "no lambda of eq. (11) was found",
             where=f"the loss changes by {after - before:.6g}; {missed:.3g} of this is not explained",
             why="the gradient or the products are not those of the loss, or its curvature jumps",
             remedy="check the gradient against differences of the loss, or use another discrete gradient",
         )
-    if np.abs(values - mean).max() <= 8.0 * (len(start) + 2) * _UNIT * size:
+    if np.abs(values - mean).max() <= 8.0 * (len(start) + 2) * unit * size:
         return np.array([0.5])
     changes = np.flatnonzero(np.signbit(values[:-1] - mean) != np.signbit(values[1:] - mean))
     brackets = [(nodes[left], nodes[left + 1]) for left in changes]
     return np.array(
-        [brentq(lambda share: curvature(share) - mean, *bracket, xtol=4 * _UNIT) for bracket in brackets]
+        [brentq(lambda share: curvature(share) - mean, *bracket, xtol=4 * unit) for bracket in brackets]
     )
 
 

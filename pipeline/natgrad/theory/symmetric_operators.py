@@ -11,7 +11,7 @@ Shoji, Suzuki, Kozachkov, "Is All Learning (Natural) Gradient Descent?"; equatio
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,9 +25,12 @@ from natgrad.theory import geometry
 from natgrad.theory.geometry import Pair
 from natgrad.theory.metric_operators import effective_pair, eigenvalue_rounding
 
-__all__ = ["CanonicalForm", "Kronecker", "canonical_form", "extreme_eigenvalues"]
+__all__ = ["CanonicalForm", "Kronecker", "canonical_form", "extreme_eigenvalues", "extremes_of_products"]
 
 Array = NDArray[np.float64]
+
+_MOST_RESTARTS = 100
+"""Restarts of a Lanczos iteration of rounded products; each takes up to 20 products."""
 
 _SMALL = 256
 """Largest dimension for which the eigenvalues of an operator are computed from its dense matrix."""
@@ -168,6 +171,59 @@ def extreme_eigenvalues(matrix: Any) -> tuple[float, float]:
             remedy="pass an array, a diagonal, or a shifted operator",
         ) from error
     return smallest, largest
+
+
+def extremes_of_products(
+    product: Callable[[NDArray[np.float64]], ArrayLike], size: int, tolerance: float
+) -> tuple[float, float]:
+    """Return the smallest and the largest eigenvalue of a symmetric matrix whose products are rounded.
+
+    Parameters
+    ----------
+    product : callable
+        Function from a vector of shape (D,) to its product with the matrix, such as an hvp in single precision.
+    size : int
+        D.
+    tolerance : float
+        Accepted error, relative to the largest magnitude of the eigenvalues, and larger than the rounding errors.
+
+    Raises
+    ------
+    InputError
+        If the Lanczos iteration does not converge.
+
+    Notes
+    -----
+    The Lanczos iteration measures its error by the eigenvalue that it computes. A shift by the one of the largest
+    magnitude makes the other end of the spectrum that of the largest magnitude, however small it is itself.
+    """
+    start = np.random.default_rng(0).standard_normal(size)
+
+    def largest_magnitude(shift: float) -> float:
+        def shifted(vector: NDArray[np.float64]) -> NDArray[np.float64]:
+            flat = vector.ravel()
+            return np.asarray(product(flat), np.float64) - shift * flat
+
+        if size == 1:
+            return float(shifted(np.ones(1))[0])
+        if not shifted(start).any():  # all eigenvalues are zero, which the iteration refuses
+            return 0.0
+        matrix = LinearOperator((size, size), matvec=shifted, dtype=np.float64)
+        found = eigsh(matrix, 1, v0=start, tol=tolerance, return_eigenvectors=False, maxiter=_MOST_RESTARTS)
+        return float(found[0])
+
+    try:
+        one = largest_magnitude(0.0)
+        other = one + largest_magnitude(one)
+    except ArpackError as error:
+        raise InputError(
+            "the extreme eigenvalues did not converge",
+            where=f"products of D = {size}",
+            why="several eigenvalues are close to the extreme ones, or the products are not those of a symmetric "
+            "matrix",
+            remedy="compute the products in double precision",
+        ) from error
+    return min(one, other), max(one, other)
 
 
 @dataclass(frozen=True)

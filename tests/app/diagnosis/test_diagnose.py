@@ -566,9 +566,23 @@ def test_recovery_is_proposed_if_the_states_of_the_optimizer_can_be_inverted(tmp
         assert found.command == recovering
         assert found.other_commands == [plain]
         assert any("mini-batch" in note for note in found.notes)
+        assert found.gradient_from["recover"].startswith(f"{recovering}: about ")
     else:
+        assert "Rprop cannot be inverted" in found.gradient_from["recover"]
         assert found.command == plain
         assert "Rprop cannot be inverted" in found.refused[recovering]
+
+
+def test_replay_is_proposed_for_states_of_parameters_alone(tmp_path):
+    states = [{key: state[key] for key in state if key.startswith("parameter")} for state in random_walk(5)]
+    found = natgrad.inspect(write_log(tmp_path / "log", states, numbers=[0, 1, 2, 4, 8]))
+    replay, elements = found.gradient_from["replay"], 17
+    assert replay.startswith(f"natgrad replay {tmp_path}/log OUT --objective MODULE:FACTORY: ")
+    assert "takes 5 forward and backward passes" in replay
+    assert f"{5 * elements * 4 / 1e9:.3g} GB of gradients" in replay
+    assert found.gradient_from["recover"].startswith("not possible: the states of the optimizer")
+    assert list(found.gradient_from) == ["recover", "replay", "record"]
+    assert natgrad.inspect(write_log(tmp_path / "other", random_walk(3))).gradient_from is None
 
 
 def test_recovery_is_not_proposed_if_states_are_far_apart(tmp_path):

@@ -154,17 +154,25 @@ class Proposal:
     @property
     def command(self) -> str:
         """The command, in which OUT stands for the folder of the results."""
-        own, options = self.run_file, self._options
-        if options is None and own is not None:
-            sources, flags = [own[0]], []
-        else:
-            sources = [part.location for part in self.parts]
-            flags = [] if options is None else options.flags()
+        words, flags = self._words()
         flags += (
             ["--allow-gaps"] * self.allow_gaps + ["--exact-names"] * self.exact_names + ["--sweep"] * self.sweep
         )
-        flags += RECOVER * self.recover
-        return shlex.join(["natgrad", "process", *sources, "OUT", *flags])
+        return shlex.join(["natgrad", "process", *words, "OUT", *flags, *RECOVER * self.recover])
+
+    @property
+    def replay_command(self) -> str:
+        """The command that evaluates an objective at the states, in which MODULE:FACTORY stands for its factory."""
+        words, flags = self._words()
+        flags += ["--exact-names"] * self.exact_names
+        return shlex.join(["natgrad", "replay", *words, "OUT", *flags, "--objective", "MODULE:FACTORY"])
+
+    def _words(self) -> tuple[list[str], list[str]]:
+        """Return the sources and the options of the parts, as on the command line."""
+        own, options = self.run_file, self._options
+        if options is None and own is not None:
+            return [own[0]], []
+        return [part.location for part in self.parts], [] if options is None else options.flags()
 
     def try_out(self) -> Rehearsal:
         """Read the first states as the command would.

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from natgrad.schema.errors import InputError
-from natgrad.schema.names import SCALARS
+from natgrad.schema.names import HESSIAN_NUMBERS, SCALARS
 from natgrad.sources.base import StepContent
 from natgrad.sources.changes import change_time, changed_lately
 from natgrad.sources.container import READ_ERRORS, not_regular, reason_of
@@ -60,7 +60,7 @@ _COMMON_KEYS: dict[str, tuple[str, ...]] = {
     "loss": ("loss", "train loss", "training loss", "loss train", "train loss step", "loss step"),
     "learning_rate": ("learning rate", "lr", "train learning rate", "train lr"),
     "loss_time_derivative": ("loss time derivative",),
-    "hessian_min_eigenvalue": ("hessian min eigenvalue",),
+    **{name: (name.replace("_", " "),) for name in HESSIAN_NUMBERS},
     "decoupled_weight_decay": ("decoupled weight decay", "weight decay"),
     "step": _STEP,
 }

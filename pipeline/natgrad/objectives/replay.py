@@ -1,0 +1,359 @@
+"""Evaluate an objective at the states of a log on workers, each state once, and keep the evaluations in OUT.
+
+Workers are processes with one objective each. A task evaluates one state, so that a worker that dies loses no more
+than that. A file is written when its evaluation is complete, and is never replaced (`natgrad.sources.replayed`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+from numpy.typing import NDArray
+
+from natgrad.compute.clusters import worker_number
+from natgrad.compute.executors import Executor
+from natgrad.compute.plan import PlanLimits
+from natgrad.compute.work import Call, Work
+from natgrad.objectives.evaluation import Curvature, evaluated_update, gradients_differ, tensors_of
+from natgrad.objectives.objective import evaluate, load_objective, split_name
+from natgrad.schema.errors import InputError
+from natgrad.schema.layout import LedgerChunk
+from natgrad.schema.logs import logger
+from natgrad.schema.names import HVP, STATES
+from natgrad.sources.base import Source
+from natgrad.sources.opening import open_sources
+from natgrad.sources.replayed import Replays, require_no_gradients, source_numbers
+from natgrad.sources.steps import LoggedStep, where
+from natgrad.storage import Storage
+
+__all__ = ["LogOptions", "evaluate_log"]
+
+_log = logger(__name__)
+
+_DIFFERENT = 1e-3
+"""Relative difference of two evaluations at one state from which on the objective is refused."""
+
+_kept: dict[str, Any] = {}
+"""The work of this worker process, with its objective and the steps of the log."""
+
+
+@dataclass(frozen=True)
+class LogOptions:
+    """Options for opening the log; see `natgrad.sources.opening.open_sources`."""
+
+    sources: tuple[Storage, ...]
+    format: str | None
+    mapping: Mapping[str, str]
+    shift: Mapping[str, int]
+    pattern: str
+    exact_names: bool
+
+    def open(self) -> Source:
+        """Open the log."""
+        return open_sources(
+            self.sources,
+            self.format,
+            self.mapping,
+            self.shift,
+            pattern=self.pattern,
+            exact_names=self.exact_names,
+        )
+
+
+@dataclass(frozen=True)
+class _State:
+    """Task: evaluate the loss and the gradient at a state.
+
+    Attributes
+    ----------
+    step : int
+    probe : bool
+        Evaluate twice, to see whether the values are the same.
+    """
+
+    step: int
+    probe: bool = False
+
+
+@dataclass(frozen=True)
+class _Update:
+    """Task: evaluate the Hessian for the update from a state to the next."""
+
+    step: int
+    following: int
+
+
+@dataclass(frozen=True)
+class _Evaluations(Work):
+    """The evaluation of an objective at states of a log."""
+
+    log: LogOptions
+    replays: Replays
+    objective: str
+    folder: str
+    devices: tuple[str, ...]
+    curvature: Curvature
+    name: str
+    limits: PlanLimits = PlanLimits()
+    kind = "replay"
+    writes = True
+    threaded = False
+    task_bytes = 0
+    worker_bytes = 0
+    again = "run natgrad replay again"
+
+    @property
+    def out(self) -> Storage:
+        return self.replays.folder.parent
+
+    def compute(self, task: _State | _Update) -> list[str]:
+        """Evaluate a state or an update, and return problems."""
+        worker = _Worker.of(self)
+        return worker.state(task) if isinstance(task, _State) else worker.update(task)
+
+    def finish(self, chunk: LedgerChunk, digest: str, parts: Sequence[Any]) -> Any:
+        return parts[0]
+
+
+class _Worker:
+    """The objective of a worker process, and the log."""
+
+    def __init__(self, work: _Evaluations) -> None:
+        self._work, self._replays = work, work.replays
+        _select_device(work.devices)
+        self._objective, own = load_objective(work.objective, work.folder)
+        self._require_same(own)
+        self._source = work.log.open()
+        self._steps = {step.number: step for step in self._source.steps()}
+        storages = [step.storage for step in self._steps.values()]
+        self._of_one_step = len(set(storages)) == len(storages)
+        self._record = work.replays.folder / f"evaluations_{uuid.uuid4().hex}.log"
+
+    @classmethod
+    def of(cls, work: _Evaluations) -> _Worker:
+        """Return the worker of this process."""
+        if _kept.get("name") != work.name:
+            _kept.clear()
+            _kept.update(worker=cls(work), name=work.name)
+        worker: _Worker = _kept["worker"]
+        return worker
+
+    def _require_same(self, own: Mapping[str, Any]) -> None:
+        """Record the fingerprint of the first worker, and compare that of the others with it."""
+        # As they are read from the file.
+        own = json.loads(json.dumps(own))
+        if self._replays.write_document("fingerprint", own):
+            return
+        first = self._replays.document("fingerprint")
+        differing = [name for name in {**first, **own} if first.get(name) != own.get(name)]
+        if differing:
+            name = differing[0]
+            raise InputError(
+                f"this is not the objective of the evaluations in OUT: {', '.join(differing)} differ",
+                where=str(self._replays.folder),
+                why=f"{name} was {first.get(name)}, and is {own.get(name)} in this process: the values would "
+                "differ, and evaluations of one run are never mixed",
+                remedy="restore the objective, its data and its environment; otherwise choose another OUT, or "
+                "start from scratch with --overwrite",
+            )
+
+    def state(self, task: _State) -> list[str]:
+        """Evaluate the loss and the gradient at a state."""
+        step = self._steps[task.step]
+        tensors = self._tensors(step)
+        self._note("step", task.step)
+        loss, gradients = evaluate(self._objective, tensors, where(step))
+        problems = []
+        if task.probe:
+            problems = self._probe(step, loss, gradients)
+        arrays = {f"{STATES[1]}/{name}": np.ascontiguousarray(array) for name, array in gradients.items()}
+        texts = source_numbers(step) if self._of_one_step else {}
+        self._write(self._replays.state(task.step), arrays, {"loss": loss}, texts)
+        return problems
+
+    def _probe(self, step: LoggedStep, loss: float, gradients: Mapping[str, NDArray[Any]]) -> list[str]:
+        self._note("probe", step.number)
+        again, others = evaluate(self._objective, self._tensors(step), where(step))
+        difference = gradients_differ(gradients, others)
+        same_loss = loss == again or (math.isnan(loss) and math.isnan(again))
+        off = 0.0 if same_loss else abs(again - loss) / max(abs(loss), abs(again))
+        if not max(difference, off) <= _DIFFERENT and not math.isnan(loss):
+            raise InputError(
+                f"two evaluations at one state differ: the loss is {loss:.9g} and {again:.9g}, and the gradients "
+                f"differ by {difference:.2g} of their norm",
+                where=where(step),
+                why="the objective is not a function of the state: batches are drawn or shuffled, or dropout is on",
+                remedy="use the same batches in the same order at every call, and evaluate in eval mode",
+            )
+        found = {"equal_bits": same_loss and not difference, "gradient": difference, "loss": off}
+        self._replays.write_document("determinism", found)
+        if found["equal_bits"]:
+            return []
+        return [
+            f"the objective is not deterministic: two evaluations at step {step.number} differ by {difference:.2g} "
+            "of the gradient"
+        ]
+
+    def update(self, task: _Update) -> list[str]:
+        """Evaluate the Hessian for an update."""
+        steps = [self._steps[number] for number in (task.step, task.following)]
+        with self._replays.open(steps[0], self._replays.state(task.step)) as reader:
+            content = reader.content()
+            gradients = tensors_of(reader, content, STATES[1])
+        before, after = (self._tensors(step) for step in steps)
+        self._note("update", task.step)
+        hvp, scalars, problems = evaluated_update(
+            self._objective,
+            before,
+            after,
+            content.scalars["loss"],
+            gradients,
+            self._work.curvature,
+            f"{where(steps[0])} to step {task.following}",
+        )
+        found = {f"{HVP}/{name}": array for name, array in hvp.items()}
+        self._write(self._replays.update(task.step), found, scalars, {})
+        return problems
+
+    def _tensors(self, step: LoggedStep) -> dict[str, NDArray[Any]]:
+        with self._source.open(step) as reader:
+            content = reader.content()
+            require_no_gradients(step, content)
+            return tensors_of(reader, content)
+
+    def _write(
+        self, file: Storage, arrays: Mapping[str, NDArray[Any]], scalars: Mapping[str, float], texts: dict[str, str]
+    ) -> None:
+        numbers = {name: np.array(value) for name, value in scalars.items()}
+        content = safetensors.numpy.save({**arrays, **numbers}, texts or None)
+        try:
+            file.put_new(content)
+        except FileExistsError:
+            _log.info("%s exists already: a worker that was thought to be lost has written it", file)
+
+    def _note(self, kind: str, step: int) -> None:
+        path = self._record.local_path
+        assert path is not None  # OUT is a local folder
+        with path.open("a") as file:
+            file.write(f"{kind} {step}\n")
+
+
+def _select_device(devices: Sequence[str]) -> None:
+    """Make one of the devices visible to this process, before a library counts them."""
+    if not devices:
+        return
+    os.environ["CUDA_VISIBLE_DEVICES"] = devices[worker_number() % len(devices)]
+
+
+def evaluate_log(
+    log: LogOptions,
+    replays: Replays,
+    executor: Executor,
+    *,
+    objective: str,
+    folder: str,
+    curvature: Curvature,
+    devices: Sequence[str] = (),
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Evaluate an objective at all states of a log that have no evaluation yet.
+
+    Parameters
+    ----------
+    log : LogOptions
+    replays : Replays
+        Folder of the evaluations in OUT.
+    executor : callable
+        It runs tasks in processes (`natgrad.compute.executors`).
+    objective : str
+        ``package.module:factory``.
+    folder : str
+        Folder in which modules are found in addition to installed ones.
+    curvature : Curvature
+    devices : sequence of str
+        Devices of CUDA for the workers of this machine, in turn.
+    overwrite : bool
+        Remove existing evaluations.
+    progress : callable, optional
+        Called with the number of evaluations done and their total number.
+
+    Returns
+    -------
+    dict
+        ``new_evaluations``, and the content of `Replays.provenance`.
+
+    Raises
+    ------
+    InputError
+        If the log has gradients or contains a sweep, the objective cannot be made, fails, is not the one of
+        existing evaluations or no function of the state, or another process evaluates the same log.
+    """
+    split_name(objective)
+    with replays.folder.lock(replays.folder.name):
+        if overwrite:
+            names = replays.folder.list()
+            replays.folder.delete_entries(
+                [name for name in names if name.endswith((".safetensors", ".json", ".log"))]
+            )
+        _require_same_request(replays, {"objective": objective, **asdict(curvature)})
+        source = log.open()
+        steps = list(source.steps())
+        if any(step.run for step in steps):
+            raise InputError(
+                "the log contains several runs",
+                where=str(source.location),
+                remedy="replay each run with its own OUT",
+            )
+        with source.open(steps[0]) as reader:
+            require_no_gradients(steps[0], reader.content())
+        work = _Evaluations(
+            log, replays, objective, folder, tuple(devices), curvature, f"replay-{uuid.uuid4().hex}"
+        )
+        states, updates = replays.numbers()
+        missing = [step.number for step in steps if step.number not in states]
+        probe = not replays.document("determinism")
+        # The Hessian for an update needs the evaluation of its state.
+        groups: list[list[_State | _Update]] = [
+            [_State(number, probe and number == missing[0]) for number in missing],
+            [
+                _Update(one.number, other.number)
+                for one, other in itertools.pairwise(steps)
+                if curvature and one.number not in updates and one.step_span in (0, other.number - one.number)
+            ],
+        ]
+        done, total = 0, sum(len(tasks) for tasks in groups)
+        no_digests = dict.fromkeys(range(total), "")
+        for tasks in filter(None, groups):
+            items = [Call(LedgerChunk(index, index + 1), (task,)) for index, task in enumerate(tasks)]
+            for problems in executor(work, items, lambda: no_digests):
+                done += 1
+                for problem in problems:
+                    _log.warning("%s", problem)
+                if progress is not None:
+                    progress(done, total)
+        return {"new_evaluations": done, **replays.provenance()}
+
+
+def _require_same_request(replays: Replays, request: Mapping[str, Any]) -> None:
+    if replays.write_document("replay", request):
+        return
+    first = replays.document("replay")
+    differing = [name for name in request if first.get(name) != request[name]]
+    if differing:
+        raise InputError(
+            f"the options of a replay cannot change: {differing[0]} was {first.get(differing[0])!r}, and is "
+            f"{request[differing[0]]!r} now",
+            where=str(replays.folder),
+            why="all states of a run have the same evaluations",
+            remedy="restore the options, choose another OUT, or start from scratch with --overwrite",
+        )
