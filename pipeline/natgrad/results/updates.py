@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from natgrad.results.inputs import UpdateTable
 from natgrad.results.pairs import Aggregation
+from natgrad.results.rounding import round_bits
 from natgrad.schema.errors import InputError
 from natgrad.schema.names import DESCENT, DESCENTS, GAMMA, STEP, TENSOR, VECTORS, WINDOW
 from natgrad.schema.variables import Status, Variable
@@ -256,6 +257,8 @@ class UpdateVariable(Variable):
         Value where the variable is not defined, and for windows that extend past the end of the run or a restart.
     comment : callable, optional
         Takes `Updates` and returns the attribute ``comment``, or an empty string if it has none.
+    upper_bound : bool
+        It is an upper bound, and is rounded upwards if it has fewer significant bits.
     """
 
     compute: Callable[[Updates], Any]
@@ -266,6 +269,7 @@ class UpdateVariable(Variable):
     needs_rate: bool = False
     fill: float = np.nan
     comment: Callable[[Updates], str] | None = None
+    upper_bound: bool = False
 
     def __post_init__(self) -> None:
         unknown = {*self.needs} - {*VECTORS, *(field.name for field in fields(UpdateTable))}
@@ -278,6 +282,12 @@ class UpdateVariable(Variable):
             raise InputError(
                 f"variable {self.name!r} has unknown or unordered dimensions {self.dimensions}",
                 remedy=f"use dimensions from {', '.join(_AXES)}, in this order",
+            )
+        if self.significant_bits is not None and not 1 <= self.significant_bits <= 51:
+            raise InputError(
+                f"variable {self.name!r} cannot have {self.significant_bits} significant bits",
+                why="the mantissa has 52",
+                remedy="use 1 to 51 bits, or None for all of them",
             )
         required = {STEP, TENSOR} if self.defined is not Defined.ALWAYS or self.needs_rate else set()
         required |= {STEP, TENSOR, DESCENT} if self.descents != DESCENTS else set()
@@ -302,6 +312,8 @@ class UpdateVariable(Variable):
             error.add_note(f"raised by the function of the result variable {self.name!r}")
             raise
         self._require_shape(values, updates)
+        if self.significant_bits is not None:
+            values = round_bits(values, self.significant_bits, upwards=self.upper_bound)
         if values.dtype.kind in "iub" and np.isnan(self.fill) and self._may_be_undefined:
             values = values.astype(np.float64)
         if self.defined is Defined.ALWAYS and updates.descent in self.descents and not self.needs_rate:

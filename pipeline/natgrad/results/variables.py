@@ -145,6 +145,15 @@ def _shifted_metric(updates: Updates) -> NDArray[np.int8]:
 
 # The variables -----------------------------------------------------------------------------------------------
 
+METRIC_BITS = 36
+"""Bits of eigenvalues and condition numbers. Their relative error is at most 1e-10, and that of rounding 8e-12."""
+
+PRODUCT_BITS = 44
+"""Bits of norms, products and cosines. The relative error of rounding is 3e-14, and that of the ledger 1e-14."""
+
+BOUND_BITS = 20
+"""Bits of bounds of errors. They are rounded upwards, by at most 1e-6 of the bound."""
+
 # y is a loss per parameter and g a parameter per learning rate (eq. 2), so a metric M with M g = y has this unit.
 # The units of a run are not known. These words represent them.
 METRIC_UNIT = "loss learning_rate parameter-2"
@@ -233,6 +242,7 @@ VARIABLES: dict[str, UpdateVariable] = {
         UpdateVariable(
             name="parameter_norm",
             compute=lambda updates: geometry.representable(updates.aggregation.parameter_norm),
+            significant_bits=PRODUCT_BITS,
             dimensions=_SINGLE,
             units="parameter",
             equation="|theta_t|",
@@ -243,6 +253,7 @@ VARIABLES: dict[str, UpdateVariable] = {
             name="update_norm",
             compute=lambda updates: geometry.representable(updates.pair.update_norm),
             needs_rate=True,
+            significant_bits=PRODUCT_BITS,
             dimensions=(STEP, TENSOR, WINDOW),
             units="parameter learning_rate-1",
             equation="|g|, g = (theta_{t+k} - theta_t) / (k eta), eq. (2)",
@@ -253,6 +264,7 @@ VARIABLES: dict[str, UpdateVariable] = {
         UpdateVariable(
             name="displacement_norm",
             compute=lambda updates: geometry.representable(updates.aggregation.displacement_norm),
+            significant_bits=PRODUCT_BITS,
             dimensions=_SINGLE,
             units="parameter",
             equation="|theta_{t+k} - theta_t|",
@@ -263,6 +275,7 @@ VARIABLES: dict[str, UpdateVariable] = {
         UpdateVariable(
             name="update_to_weight",
             compute=_update_to_weight,
+            significant_bits=PRODUCT_BITS,
             dimensions=_SINGLE,
             units="1",
             equation="|theta_{t+k} - theta_t| / |theta_t|",
@@ -272,6 +285,7 @@ VARIABLES: dict[str, UpdateVariable] = {
         UpdateVariable(
             name="gradient_norm",
             compute=lambda updates: geometry.representable(updates.gradient_norm),
+            significant_bits=PRODUCT_BITS,
             dimensions=_COMPARED,
             units="loss parameter-1",
             equation="|y|",
@@ -323,6 +337,7 @@ VARIABLES: dict[str, UpdateVariable] = {
             compute=lambda updates: updates.pair.alignment,
             defined=Defined.IN_RANGE,
             needs_rate=True,
+            significant_bits=PRODUCT_BITS,
             dimensions=_COMPARED,
             units="loss learning_rate-1",
             equation="y.g",
@@ -334,6 +349,7 @@ VARIABLES: dict[str, UpdateVariable] = {
             name="cosine",
             compute=lambda updates: geometry.cosine(updates.pair),
             defined=Defined.WITH_ANGLE,
+            significant_bits=PRODUCT_BITS,
             dimensions=_COMPARED,
             units="1",
             equation="cos(psi)",
@@ -357,6 +373,8 @@ VARIABLES: dict[str, UpdateVariable] = {
                 updates.pair, updates.update_floor, updates.gradient_floor
             ),
             defined=Defined.WITH_ANGLE,
+            significant_bits=BOUND_BITS,
+            upper_bound=True,
             dimensions=_COMPARED,
             units="radian",
             equation="asin(|dy| / |y|) + asin(|dg| / |g|), with the largest errors dy and dg of rounding to the "
@@ -381,6 +399,7 @@ VARIABLES: dict[str, UpdateVariable] = {
             name="condition_number",
             compute=lambda updates: geometry.condition_number(updates.pair),
             defined=Defined.WITH_METRIC,
+            significant_bits=METRIC_BITS,
             dimensions=_COMPARED,
             units="1",
             equation="kappa(M_opt), below eq. (9), Prop. 1",
@@ -404,6 +423,7 @@ VARIABLES: dict[str, UpdateVariable] = {
             name="similarity",
             compute=lambda updates: geometry.similarity(updates.pair),
             defined=Defined.WITH_METRIC,
+            significant_bits=METRIC_BITS,
             dimensions=_COMPARED,
             units="1",
             equation="1 / kappa(M_opt)",
@@ -415,6 +435,7 @@ VARIABLES: dict[str, UpdateVariable] = {
             compute=lambda updates: updates.eigenvalues[0],
             defined=Defined.WITH_METRIC,
             needs_rate=True,
+            significant_bits=METRIC_BITS,
             dimensions=_COMPARED,
             units=METRIC_UNIT,
             equation="eq. (9)",
@@ -426,6 +447,7 @@ VARIABLES: dict[str, UpdateVariable] = {
             compute=lambda updates: updates.eigenvalues[1],
             defined=Defined.WITH_METRIC,
             needs_rate=True,
+            significant_bits=METRIC_BITS,
             dimensions=_COMPARED,
             units=METRIC_UNIT,
             equation="eq. (9)",
@@ -437,6 +459,7 @@ VARIABLES: dict[str, UpdateVariable] = {
             compute=lambda updates: updates.eigenvalues[2],
             defined=Defined.WITH_METRIC,
             needs_rate=True,
+            significant_bits=METRIC_BITS,
             dimensions=_COMPARED,
             units=METRIC_UNIT,
             equation="eq. (9)",
@@ -448,6 +471,7 @@ VARIABLES: dict[str, UpdateVariable] = {
             compute=lambda updates: updates.eigenvalue_bounds[0],
             defined=Defined.WITH_METRIC,
             needs_rate=True,
+            significant_bits=METRIC_BITS,
             dimensions=_COMPARED,
             units=METRIC_UNIT,
             equation="Prop. 3",
@@ -459,6 +483,7 @@ VARIABLES: dict[str, UpdateVariable] = {
             compute=lambda updates: updates.eigenvalue_bounds[1],
             defined=Defined.WITH_METRIC,
             needs_rate=True,
+            significant_bits=METRIC_BITS,
             dimensions=_COMPARED,
             units=METRIC_UNIT,
             equation="Prop. 2",
@@ -470,6 +495,7 @@ VARIABLES: dict[str, UpdateVariable] = {
             compute=lambda updates: updates.family_eigenvalues[0],
             defined=Defined.WITH_METRIC,
             needs_rate=True,
+            significant_bits=METRIC_BITS,
             dimensions=_FAMILY,
             units=METRIC_UNIT,
             equation="Lemma 1, eq. (22)",
@@ -481,6 +507,7 @@ VARIABLES: dict[str, UpdateVariable] = {
             compute=lambda updates: updates.family_eigenvalues[1],
             defined=Defined.WITH_METRIC,
             needs_rate=True,
+            significant_bits=METRIC_BITS,
             dimensions=_FAMILY,
             units=METRIC_UNIT,
             equation="Lemma 1, eq. (22)",
@@ -492,6 +519,7 @@ VARIABLES: dict[str, UpdateVariable] = {
             compute=lambda updates: updates.family_eigenvalues[2],
             defined=Defined.WITH_METRIC,
             needs_rate=True,
+            significant_bits=METRIC_BITS,
             dimensions=_FAMILY,
             units=METRIC_UNIT,
             equation="Lemma 1, eq. (22)",
@@ -502,6 +530,7 @@ VARIABLES: dict[str, UpdateVariable] = {
             name="family_condition_number",
             compute=lambda updates: geometry.family_condition_number(updates.pair, updates.gammas),
             defined=Defined.WITH_METRIC,
+            significant_bits=METRIC_BITS,
             dimensions=_FAMILY,
             units="1",
             equation="Lemma 1, eq. (22)",

@@ -118,6 +118,9 @@ class Variable:
         Enumeration of the values, if the variable has flags.
     absent : int, optional
         Value at steps that a run of a sweep did not log. The default is NaN, False or 0, depending on the dtype.
+    significant_bits : int, optional
+        Bits of the mantissa to which values are rounded, from 1 to 51, so that they compress better. The error of
+        rounding must be small compared with the guaranteed accuracy. The default is not to round.
     """
 
     name: str
@@ -128,6 +131,7 @@ class Variable:
     description: str
     flags: type[enum.IntEnum] | None = None
     absent: int | None = None
+    significant_bits: int | None = None
 
     def attributes(self) -> dict[str, Any]:
         """Return the attributes of the variable in ``results.zarr``."""
@@ -140,4 +144,6 @@ class Variable:
         if self.flags is not None:
             attributes["flag_values"] = [int(flag) for flag in self.flags]
             attributes["flag_meanings"] = " ".join(flag.name.lower() for flag in self.flags)
+        if self.significant_bits is not None:
+            attributes["significant_bits"] = self.significant_bits
         return attributes
