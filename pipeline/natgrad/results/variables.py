@@ -148,8 +148,8 @@ def _shifted_metric(updates: Updates) -> NDArray[np.int8]:
 METRIC_BITS = 36
 """Bits of eigenvalues and condition numbers. Their relative error is at most 1e-10, and that of rounding 8e-12."""
 
-PRODUCT_BITS = 44
-"""Bits of norms, products and cosines. The relative error of rounding is 3e-14, and that of the ledger 1e-14."""
+NORM_BITS = 44
+"""Bits of norms and their ratios. The relative error of rounding is 3e-14, and that of the ledger 1e-14."""
 
 BOUND_BITS = 20
 """Bits of bounds of errors. They are rounded upwards, by at most 1e-6 of the bound."""
@@ -242,7 +242,7 @@ VARIABLES: dict[str, UpdateVariable] = {
         UpdateVariable(
             name="parameter_norm",
             compute=lambda updates: geometry.representable(updates.aggregation.parameter_norm),
-            significant_bits=PRODUCT_BITS,
+            significant_bits=NORM_BITS,
             dimensions=_SINGLE,
             units="parameter",
             equation="|theta_t|",
@@ -253,7 +253,7 @@ VARIABLES: dict[str, UpdateVariable] = {
             name="update_norm",
             compute=lambda updates: geometry.representable(updates.pair.update_norm),
             needs_rate=True,
-            significant_bits=PRODUCT_BITS,
+            significant_bits=NORM_BITS,
             dimensions=(STEP, TENSOR, WINDOW),
             units="parameter learning_rate-1",
             equation="|g|, g = (theta_{t+k} - theta_t) / (k eta), eq. (2)",
@@ -264,7 +264,7 @@ VARIABLES: dict[str, UpdateVariable] = {
         UpdateVariable(
             name="displacement_norm",
             compute=lambda updates: geometry.representable(updates.aggregation.displacement_norm),
-            significant_bits=PRODUCT_BITS,
+            significant_bits=NORM_BITS,
             dimensions=_SINGLE,
             units="parameter",
             equation="|theta_{t+k} - theta_t|",
@@ -275,7 +275,7 @@ VARIABLES: dict[str, UpdateVariable] = {
         UpdateVariable(
             name="update_to_weight",
             compute=_update_to_weight,
-            significant_bits=PRODUCT_BITS,
+            significant_bits=NORM_BITS,
             dimensions=_SINGLE,
             units="1",
             equation="|theta_{t+k} - theta_t| / |theta_t|",
@@ -285,7 +285,7 @@ VARIABLES: dict[str, UpdateVariable] = {
         UpdateVariable(
             name="gradient_norm",
             compute=lambda updates: geometry.representable(updates.gradient_norm),
-            significant_bits=PRODUCT_BITS,
+            significant_bits=NORM_BITS,
             dimensions=_COMPARED,
             units="loss parameter-1",
             equation="|y|",
@@ -337,7 +337,6 @@ VARIABLES: dict[str, UpdateVariable] = {
             compute=lambda updates: updates.pair.alignment,
             defined=Defined.IN_RANGE,
             needs_rate=True,
-            significant_bits=PRODUCT_BITS,
             dimensions=_COMPARED,
             units="loss learning_rate-1",
             equation="y.g",
@@ -349,7 +348,6 @@ VARIABLES: dict[str, UpdateVariable] = {
             name="cosine",
             compute=lambda updates: geometry.cosine(updates.pair),
             defined=Defined.WITH_ANGLE,
-            significant_bits=PRODUCT_BITS,
             dimensions=_COMPARED,
             units="1",
             equation="cos(psi)",
