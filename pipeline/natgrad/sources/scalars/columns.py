@@ -36,7 +36,7 @@ LINE_KEY = "\0line"
 
 @dataclass(frozen=True)
 class Batch:
-    """Consecutive records with the same keys, whose values are texts. Decoding many records at once is faster.
+    """Consecutive records with the same keys, whose values are texts. Decoding many records together is faster.
 
     Attributes
     ----------
