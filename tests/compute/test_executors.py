@@ -24,14 +24,18 @@ from test_ledger_pass import (
 )
 from zarr.codecs import BloscCodec
 
+from lazy import Lazy
 from logs import walk_arrays, write_trajectory
 from natgrad.compute import clusters, executors, tasks
 from natgrad.compute.plan import PlanLimits
+from natgrad.compute.work import calls
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import MEBIBYTE
 from natgrad.storage import LocalStorage
 from natgrad.store import open_ledger, open_trajectory
 from opened import compute_ledger
+
+distributed = Lazy("distributed")
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +164,23 @@ def test_few_tasks_are_on_the_scheduler_at_a_time(tmp_path, cluster, width, ahea
     assert summary.chunks == len(submitted) == ROWS - 1
     assert in_flight == [*[ahead] * (summary.chunks - ahead + 1), *range(ahead - 1, 0, -1)]
     assert open_ledger(ledger).n_updates == ROWS - 1
+
+
+def test_the_dashboard_shows_the_stages_and_its_address_is_reported(tmp_path, caplog):
+    with (
+        distributed.LocalCluster(
+            n_workers=1, threads_per_worker=1, processes=False, protocol="tcp", dashboard_address="127.0.0.1:0"
+        ) as own,
+        caplog.at_level("INFO", "natgrad"),
+    ):
+        executor = executors.existing_cluster(own.scheduler_address)
+        run = tmp_path / "momentum"  # a name of letters could be taken for a part of the stage
+        run.mkdir()
+        ledger_of(run, walk_arrays(ROWS, ELEMENTS), executor=executor)
+        assert list(calls(executor, abs, [-1], kind="results", out=LocalStorage(run), task_bytes=1, worker_bytes=1))
+        stages = {prefix for prefix in own.scheduler.task_prefixes if prefix.startswith("natgrad")}
+        assert stages >= {"natgrad-check", "natgrad-tile", "natgrad-ledger", "natgrad-results"}
+        assert f"Dask dashboard: {own.dashboard_link}" in caplog.messages
 
 
 def test_threads_start_no_ledger_chunk_after_the_one_that_failed(tmp_path, caplog):

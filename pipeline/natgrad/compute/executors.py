@@ -320,6 +320,11 @@ def _result(future: Any) -> Any:
         return _LOST
 
 
+def _key(stage: str, name: str) -> str:
+    """Return the name of a task. Dask's dashboard shows the words before the identifier: natgrad and the stage."""
+    return f"natgrad-{stage}-{name}"
+
+
 class _LostTask(Exception):
     """All workers of a task were lost several times."""
 
@@ -449,9 +454,10 @@ class _Dispatch:
             return self._client.submit(self._function, *sent, *parts, key=key, **options)
 
         if len(item.tiles) == 1:
-            return submit(f"{job.kind}-{name}", [], job.compute_item, item, self._digests()[start])
-        parts = [submit(f"tile-{name}-{index}", [], job.compute, tile) for index, tile in enumerate(item.tiles)]
-        return submit(f"{job.kind}-{name}", parts, job.finish, item.chunk, self._digests()[start])
+            return submit(_key(job.kind, name), [], job.compute_item, item, self._digests()[start])
+        tiles = enumerate(item.tiles)
+        parts = [submit(_key("tile", f"{name}-{index}"), [], job.compute, tile) for index, tile in tiles]
+        return submit(_key(job.kind, name), parts, job.finish, item.chunk, self._digests()[start])
 
     def _query(self) -> None:
         """Determine which workers are connected and pass the check, and which tasks have lost their workers."""
@@ -477,7 +483,7 @@ class _Dispatch:
                     self._report(problem)
             if check is None or (again and address in self._problems and check.done()):
                 self._checked = self._queried
-                name = f"check-{self._job.name}-{next(self._names)}"
+                name = _key("check", f"{self._job.name}-{next(self._names)}")
                 self._checks[address] = self._client.submit(
                     self._function, *self._check.arguments(), key=name, pure=False, workers=[address], priority=1
                 )

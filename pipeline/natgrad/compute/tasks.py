@@ -133,7 +133,7 @@ class Job(Work):
     ) -> Job:
         """Return the job of a plan, under a new name."""
         trajectory = trajectory.absolute()
-        name = f"{trajectory.parent.name}-{uuid.uuid4().hex}"
+        name = f"{uuid.uuid4().hex}-{trajectory.parent.name}"
         return cls(trajectory, ledger.absolute(), name, plan, limits, compiled, verified)
 
 

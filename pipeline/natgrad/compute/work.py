@@ -153,7 +153,7 @@ def calls(
     limits : PlanLimits, optional
     """
     folder = out.absolute()
-    work = _Calls(function, folder, f"{folder.name}-{uuid.uuid4().hex}", kind, limits, task_bytes, worker_bytes)
+    work = _Calls(function, folder, f"{uuid.uuid4().hex}-{folder.name}", kind, limits, task_bytes, worker_bytes)
     items = [Call(LedgerChunk(index, index + 1), (argument,)) for index, argument in enumerate(arguments)]
     digests = dict.fromkeys(range(len(items)), "")
     yield from executor(work, items, lambda: digests)
