@@ -14,6 +14,8 @@ Process a log, and open the results:
     Describe a log before it is processed; verify stored data against its checksums.
 ``materialize``, ``slim``
     Copy the states of a run that was processed in place, or remove copies.
+``compare``
+    Compare the results of several runs.
 ``scan``
     Process all runs below a folder.
 ``open_results``, ``open_trajectory``, ``open_ledger``, ``open_states``
@@ -34,7 +36,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from natgrad.app.api import analyze, ingest, inspect, materialize, process, replay, report, slim, verify
+    from natgrad.app.api import analyze, compare, ingest, inspect, materialize, process, replay, report, slim, verify
     from natgrad.app.opening import open_ledger, open_results, open_states, open_trajectory
     from natgrad.app.scan import scan
     from natgrad.objectives.jax import JaxObjective
@@ -59,6 +61,7 @@ __all__ = [
     "__version__",
     "analyze",
     "causal_lm_loss",
+    "compare",
     "ingest",
     "inspect",
     "materialize",

@@ -20,7 +20,19 @@ ROOT = Path(__file__).parents[2]
 LOG = ROOT / "data" / "linear_system"
 
 NAMES = {
-    *("process", "ingest", "analyze", "report", "inspect", "verify", "scan", "materialize", "slim", "open_states"),
+    *(
+        "process",
+        "ingest",
+        "analyze",
+        "report",
+        "inspect",
+        "verify",
+        "scan",
+        "materialize",
+        "slim",
+        "open_states",
+        "compare",
+    ),
     *("open_results", "open_trajectory", "open_ledger", "Metric", "InputError", "Unavailable"),
     *("watch", "Recorder", "WatchCallback", "LightningWatch"),
     *("replay", "TorchObjective", "JaxObjective", "causal_lm_loss"),

@@ -648,3 +648,20 @@ def test_a_summary_is_printed_whatever_the_encoding_of_the_output(run):
     assert re.search(r"angle course +[1-8 ]+  0", done.stdout)
     assert re.search("angle course +[▁▂▃▄▅▆▇█ ]+  0", natgrad("info", run[1]).stdout)
     assert "worst tensors\n  tensor " in done.stdout
+
+
+def test_runs_are_compared_on_one_page(run, tmp_path):
+    _, out, _ = run
+    other = write_log(tmp_path / "log", random_walk(9, seed=1))
+    assert natgrad("process", other, tmp_path / "other", "--window", "2").returncode == 0
+    found = answer("compare", out, tmp_path / "other", "--align", "length", "--page", tmp_path / "page.html")
+    assert [row["run"] for row in found["runs"]] == ["out", "other"]
+    assert {row["option"] for row in found["differing_options"]} >= {"window"}
+    assert len(found["differing_tensors"]) == 3
+    assert found["report"] == str(tmp_path / "page.html")
+    assert "Comparison of 2 runs" in (tmp_path / "page.html").read_text()
+    text = natgrad("compare", out, tmp_path / "other").stdout
+    assert "differing options\n  option  " in text
+    assert (out / "comparison.html").is_file()
+    (out / "comparison.html").unlink()
+    assert natgrad("compare", out).returncode == 2

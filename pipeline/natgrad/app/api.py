@@ -16,6 +16,7 @@ from natgrad.app.follow import follow
 from natgrad.app.progress import stage
 from natgrad.app.summaries import (
     AnalysisSummary,
+    ComparisonSummary,
     IngestSummary,
     Inspection,
     MovedStates,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "analyze",
+    "compare",
     "ingest",
     "inspect",
     "materialize",
@@ -219,6 +221,30 @@ def report(
     from natgrad.app import run
 
     return run.report_run([outs] if isinstance(outs, str | Path) else outs, page, values["version"])
+
+
+@options.with_options()
+def compare(
+    outs: options.Outs, align: options.Align = "step", page: options.ComparisonPage = None
+) -> ComparisonSummary:
+    """Compare the results of several runs, and write one page with all of them.
+
+    Parameters
+    ----------
+    **options
+
+    Returns
+    -------
+    ComparisonSummary
+
+    Raises
+    ------
+    InputError
+        If there are no results, fewer than two runs, or the runs cannot be aligned.
+    """
+    from natgrad.app import run
+
+    return run.compare_runs([outs] if isinstance(outs, str | Path) else outs, align, page)
 
 
 @options.with_options(options.InspectOptions)

@@ -359,6 +359,21 @@ def report(
 
 
 @app.command()
+@command_options()
+def compare(
+    outs: options.Outs,
+    align: options.Align = "step",
+    page: options.ComparisonPage = None,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Compare the results of several runs: options, curves and tensors, on one page."""
+    from natgrad.app import api
+
+    Output(as_json, quiet).show(api.compare(outs, align, page))
+
+
+@app.command()
 @command_options(options.VersionOptions)
 def info(out: options.Out, as_json: options.Json = False, quiet: options.Quiet = False, **values: Any) -> None:
     """Describe the contents of OUT."""

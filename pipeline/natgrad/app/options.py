@@ -489,6 +489,12 @@ def _evaluations() -> Iterable[str]:
     return EVALUATIONS
 
 
+def _alignments() -> Iterable[str]:
+    from natgrad.results.comparison import ALIGNMENTS
+
+    return ALIGNMENTS
+
+
 def _clusters() -> Iterable[str]:
     from natgrad.compute.clusters import CLUSTERS
 
@@ -552,6 +558,19 @@ Progress = Annotated[
 Page = Annotated[
     Location | None,
     Option("File of the page. It is replaced.", unset="report.html in the first OUT", metavar="FILE"),
+]
+ComparisonPage = Annotated[
+    Location | None,
+    Option("File of the page. It is replaced.", unset="comparison.html in the first OUT", metavar="FILE"),
+]
+Align = Annotated[
+    str,
+    Option(
+        "Quantity by which runs are aligned: step, loss (the smallest so far) or length (of the path of updates).",
+        "step",
+        metavar="KIND",
+        choices=_alignments,
+    ),
 ]
 Last = Annotated[int | None, Option("Number of versions to list.", unset="all", metavar="N", minimum=1)]
 Limit = Annotated[int, Option("Number of flows that run at the same time.", 1, metavar="N", minimum=1)]

@@ -7,18 +7,25 @@ The functions need no Prefect server. They take options that are already validat
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from natgrad.app import options
 from natgrad.app.copying import LARGE_LOG_BYTES, copy_notice
 from natgrad.app.folder import RunFolder
 from natgrad.app.memory import memory_errors
 from natgrad.app.progress import StageProgress, stage
-from natgrad.app.summaries import AnalysisSummary, IngestSummary, ProcessSummary, ReplaySummary, Report
+from natgrad.app.summaries import (
+    AnalysisSummary,
+    ComparisonSummary,
+    IngestSummary,
+    ProcessSummary,
+    ReplaySummary,
+    Report,
+)
 from natgrad.compute import executors
 from natgrad.compute.clusters import require_cluster, require_configuration
 from natgrad.compute.ledger_pass import compute_ledger, plan_ledger
@@ -46,11 +53,14 @@ __all__ = [
     "RUNS_SHOWN",
     "Analysis",
     "analyze_run",
+    "compare_runs",
     "ingest_run",
     "process_run",
     "replay_run",
     "report_run",
 ]
+
+T = TypeVar("T")
 
 RUNS_SHOWN = 8
 """Number of runs of a sweep that a page shows."""
@@ -422,13 +432,43 @@ def report_run(
     return found
 
 
-def _write_page(named: Mapping[str, RunFolder], page: Storage) -> Report:
-    # Imported here, because Matplotlib takes a second to load.
-    from natgrad.reporting import page as report
+def compare_runs(
+    outs: Sequence[Location] | Mapping[str, Location], align: str, page: Location | None = None
+) -> ComparisonSummary:
+    """Compare the results of several runs, and write the page of the comparison.
 
-    trees = _trees(named)
+    Parameters
+    ----------
+    outs : sequence or mapping of str to path
+        Folders OUT. Without names, each run is named after its folder.
+    align : str
+        See `natgrad.results.comparison.compare`.
+    page : path, optional
+        Default: ``comparison.html`` in the first OUT.
+
+    Raises
+    ------
+    InputError
+        If there are no results, fewer than two runs, or the runs cannot be aligned.
+    """
+    from natgrad.reporting.comparison_page import write_comparison
+    from natgrad.results.comparison import compare
+
+    named = {name: RunFolder.of(out) for name, out in _named(outs).items()}
+    with (
+        memory_errors(lambda: PlanLimits().reserved_bytes),
+        storage_errors(*(folder.storage for folder in named.values())),
+    ):
+        first = next(iter(named.values())).report.parent
+        target = first / "comparison.html" if page is None else open_storage(page)
+        found = compare({name: results.read(folder.results) for name, folder in named.items()}, align)
+        return ComparisonSummary(report=_written(write_comparison, found, target), comparison=found)
+
+
+def _written(write: Callable[[T, Storage], Any], content: T, page: Storage) -> str:
+    """Write a page, and return its location; raise Unavailable if its folder is read-only."""
     try:
-        return Report(report=str(report.write_report(trees, page)))
+        return str(write(content, page))
     except OSError as error:
         if page.local_path is None or error.errno not in _NOT_WRITABLE:
             raise
@@ -436,8 +476,15 @@ def _write_page(named: Mapping[str, RunFolder], page: Storage) -> Report:
             f"cannot write the page: {error.strerror}",
             where=str(page),
             why="its folder is read-only, or belongs to another user",
-            remedy="choose another file with natgrad report OUT --page PAGE: OUT is only read",
+            remedy="choose another file with --page PAGE: OUT is only read",
         ) from error
+
+
+def _write_page(named: Mapping[str, RunFolder], page: Storage) -> Report:
+    # Imported here, because Matplotlib takes a second to load.
+    from natgrad.reporting import page as report
+
+    return Report(report=_written(report.write_report, _trees(named), page))
 
 
 def _compute_results_again(folder: RunFolder, error: InputError) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from natgrad.ingestion import IngestSummary
 from natgrad.schema.errors import InputError
@@ -12,8 +13,12 @@ from natgrad.schema.summary import Summary, summary_lines
 from natgrad.schema.text import printable
 from natgrad.store.verify import Damage
 
+if TYPE_CHECKING:
+    from natgrad.results.comparison import Comparison
+
 __all__ = [
     "AnalysisSummary",
+    "ComparisonSummary",
     "IngestSummary",
     "Inspection",
     "MovedStates",
@@ -106,6 +111,44 @@ class Report(Summary):
     """
 
     report: str
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class ComparisonSummary(Report):
+    """Differences of several runs, and the page that shows them.
+
+    Attributes
+    ----------
+    comparison : Comparison
+        The labelled curves and tables, see `natgrad.results.comparison.Comparison`. The JSON form has its tables.
+    """
+
+    comparison: Comparison
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values: one row for each run, differing option, and tensor with a large difference."""
+        found = self.comparison
+        tensors = found.tensors.sortby(-found.tensors["difference"].fillna(-1.0)).isel(tensor=slice(None, 10))
+        runs = [str(run) for run in tensors["run"].values]
+        return {
+            "align": found.align,
+            "runs": found.overview,
+            "differing_options": [{"option": name, **values} for name, values in found.options.items()],
+            "differing_tensors": [
+                {
+                    "tensor": str(name),
+                    "difference": _number(tensors["difference"].values[index]),
+                    **{run: _number(tensors["mean_angle"].values[row, index]) for row, run in enumerate(runs)},
+                }
+                for index, name in enumerate(tensors["tensor"].values)
+            ],
+            "warnings": found.warnings,
+            "report": self.report,
+        }
+
+
+def _number(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -35,7 +35,7 @@ from natgrad.schema.names import DESCENT, DESCENTS, REPLICATE, TENSOR, WINDOW
 from natgrad.schema.variables import WITHOUT_GRADIENTS, ShiftedMetric, Status
 from natgrad.storage import Location, open_storage
 
-__all__ = ["STATUS_MEANING", "WINDOW_FACTS", "page_text", "write_report"]
+__all__ = ["STATUS_MEANING", "WINDOW_FACTS", "asset", "library", "page_text", "write_report"]
 
 STATUS_MEANING: dict[Status, str] = {
     Status.EFFECTIVE: "y·g > 0: the update descends the loss, so metrics M with M g = y exist.",
@@ -130,8 +130,8 @@ def _content(runs: Sequence[RunResults], served: bool) -> dict[str, Any]:
     if data["compared"]:
         data["compared"]["summary"] = _compared_summary(runs, contents)
     return {
-        "css": markupsafe.Markup(_asset("report.css")),
-        "scripts": [markupsafe.Markup(script) for script in (*_library(), _asset("report.js"))] if runs else [],
+        "css": markupsafe.Markup(asset("report.css")),
+        "scripts": [markupsafe.Markup(script) for script in (*library(), asset("report.js"))] if runs else [],
         # A name must not end the element.
         "data": markupsafe.Markup(json.dumps(data, ensure_ascii=False, allow_nan=False).replace("<", r"\u003c")),
         "arrays": markupsafe.Markup(blob.compressed().decode()),
@@ -144,7 +144,7 @@ def _content(runs: Sequence[RunResults], served: bool) -> dict[str, Any]:
 
 
 @cache
-def _library() -> tuple[str, ...]:
+def library() -> tuple[str, ...]:
     """Return the scripts of BokehJS, without importing bokeh."""
     found = find_spec("bokeh")
     folder = Path(str(found.origin)).parent / "server" / "static" / "js" if found is not None else None
@@ -158,7 +158,8 @@ def _library() -> tuple[str, ...]:
 
 
 @cache
-def _asset(name: str) -> str:
+def asset(name: str) -> str:
+    """Return the text of a file of the pages."""
     return (files("natgrad.reporting") / "assets" / name).read_text(encoding="utf-8")
 
 
