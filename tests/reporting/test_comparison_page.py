@@ -4,11 +4,12 @@ import json
 import re
 
 import pytest
-from test_comparison import tree
 from test_page import browser
 
+from compared import tree
 from natgrad.reporting.comparison_page import write_comparison
 from natgrad.results.comparison import compare
+from natgrad.storage import LocalStorage
 
 __all__ = ["browser"]  # a fixture
 
@@ -21,7 +22,8 @@ def write(folder, align="step"):
         HOSTILE: tree([4, 2, 1], options={"learning_rate": 0.4}, tensors=("w",), angle=1.0),
         "$$x$$": tree([5, 2, 1, 0.5], options={"learning_rate": 0.2}),
     }
-    return write_comparison(compare(trees, align), folder / "comparison.html")
+    write_comparison(compare(trees, align), LocalStorage(folder / "comparison.html"))
+    return folder / "comparison.html"
 
 
 @pytest.mark.parametrize("align", ["step", "loss", "length"])

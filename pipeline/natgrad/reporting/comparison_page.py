@@ -19,7 +19,7 @@ from natgrad.reporting.page import asset, library
 from natgrad.reporting.run_results import number
 from natgrad.results.comparison import POSITION, Comparison
 from natgrad.schema.names import RUN, TENSOR
-from natgrad.storage import Location, open_storage
+from natgrad.storage import Storage
 
 __all__ = ["write_comparison"]
 
@@ -43,14 +43,19 @@ _CONFIGURATION = ("learning_rate", "weight_decay")
 _RESULTS = ("median_angle", "median_condition_number", "last_loss")
 
 
-def write_comparison(comparison: Comparison, page: Location) -> Location:
+def write_comparison(comparison: Comparison, page: Storage) -> Storage:
     """Write the page of a comparison.
 
     Parameters
     ----------
     comparison : Comparison
-    page : str, Path or Storage
+    page : Storage
         The HTML file. It is replaced atomically.
+
+    Returns
+    -------
+    Storage
+        ``page``, unchanged.
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("natgrad.reporting"),
@@ -71,7 +76,7 @@ def write_comparison(comparison: Comparison, page: Location) -> Location:
         tensors=_tensor_rows(comparison),
         warnings=comparison.warnings,
     )
-    open_storage(page).put(text.encode("utf-8", errors="replace"))
+    page.put(text.encode("utf-8", errors="replace"))
     return page
 
 
