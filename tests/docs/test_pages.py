@@ -41,8 +41,6 @@ def test_the_guide_to_the_recorder_logs_a_run(tmp_path, monkeypatch):
     assert len(list((tmp_path / "logs" / "quadratic").iterdir())) == 20
 
 
-@pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*")
-@pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
 @pytest.mark.filterwarnings("ignore:The number of training batches")
 def test_the_guide_to_pytorch_records_and_processes_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -76,7 +74,6 @@ def test_the_guide_to_recovery_processes_states_of_the_optimizer(tmp_path, monke
     assert natgrad.open_results("runs/recovered").attrs["gradient_source"] == "recovered"
 
 
-@pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*")
 def test_the_guide_to_replay_agrees_with_the_training_loop(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     page = DOCS / "howto" / "replay.md"
@@ -91,8 +88,6 @@ def test_the_guide_to_inspect_finds_and_processes_a_run(tmp_path, monkeypatch):
     assert natgrad.open_trajectory("runs/experiment").n_states == 5
 
 
-@pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:FutureWarning")
-@pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:DeprecationWarning")
 def test_the_guide_to_hugging_face_trains_and_processes_a_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     page = DOCS / "howto" / "huggingface.md"

@@ -3,19 +3,12 @@
 import subprocess
 import sys
 
-import pytest
-
 import natgrad
 from lazy import Lazy
 from watched import all_states, read, updates_of
 
 torch = Lazy("torch")
 transformers = Lazy("transformers")
-
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:DeprecationWarning"),
-]
 
 
 def make_trainer(folder, callbacks, steps, **options):

@@ -25,8 +25,6 @@ from natgrad.storage import open_storage
 from natgrad.store import open_ledger, open_trajectory
 from opened import compute_ledger, ingest
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
-
 SCALARS = ("loss", "learning_rate")
 
 

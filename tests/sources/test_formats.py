@@ -37,7 +37,6 @@ safetensors_torch = Lazy("safetensors.torch")
 
 TENSORS = {"layers.10.weight": (40, 30), "layers.9.weight": (7, 5), "layers.9.bias": (7,), "scale": ()}
 STEPS = 5
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 
 
 def run_of(dtype):

@@ -12,7 +12,6 @@ from opened import open_source
 torch = Lazy("torch")
 dcp = Lazy("torch.distributed.checkpoint")
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 SHAPE = (4096, 4096)  # 64 MiB
 NAME = "weight"
 

@@ -20,13 +20,6 @@ state_dict = Lazy("torch.distributed.checkpoint.state_dict")
 torch = Lazy("torch")
 transformers = Lazy("transformers")
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning"),
-    pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers"),
-]
-
 UPDATES = 4
 
 

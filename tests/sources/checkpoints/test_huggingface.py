@@ -25,13 +25,6 @@ torch = Lazy("torch")
 dcp = Lazy("torch.distributed.checkpoint")
 transformers = Lazy("transformers")
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning"),
-    pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers"),
-]
-
 UPDATES = 4
 
 

@@ -27,7 +27,6 @@ torch = Lazy("torch")
 dcp = Lazy("torch.distributed.checkpoint")
 default_planner = Lazy("torch.distributed.checkpoint.default_planner")
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 STATES = random_walk(3, TENSORS)
 EMBEDDING = "embedding.word_embeddings.weight"
 

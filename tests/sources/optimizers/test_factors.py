@@ -172,7 +172,6 @@ def assert_condition(found, singular, basis=1.0):
     assert float(found) == pytest.approx(kappa, rel=8 * len(singular) * UNIT * kappa + basis**2 - 1)
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 @pytest.mark.parametrize(
     ("rule", "writer"),
     [
@@ -305,7 +304,6 @@ def rotated_maps(step, model, optimizer, *, correct_bias=True):
     return found
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 @pytest.mark.parametrize(
     ("options", "writer"),
     [({}, saver), ({}, sharded), ({"correct_bias": False}, saver), ({"normalize_gradient": True}, sharded)],
@@ -416,7 +414,6 @@ def test_scalable_shampoo_blocks_are_those_of_the_optimizer(tmp_path):
         run.ingest_run(log, tmp_path / "wrong", include=["optimizer"])
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 def test_objects_in_a_sharded_checkpoint_are_reported_as_unread(tmp_path):
     trained(scalable, sharded(tmp_path / "log"))
     (tmp_path / "log" / "natgrad.toml").write_text("[optimizer]\nstart_preconditioning_step = 3\n")
@@ -435,7 +432,6 @@ def curvlinops():
         return importlib.import_module("curvlinops")
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 @pytest.mark.parametrize(
     ("writer", "joint", "damping"),
     [

@@ -131,7 +131,6 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 @pytest.mark.parametrize("writer", [saver, sharded])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_saved_state_is_stored_under_the_name_of_its_tensor(tmp_path, writer, name):
@@ -188,7 +187,6 @@ DECAYS = {
 """Optimizers, and the coefficient of their decoupled weight decay: of all tensors, or of matrices and others."""
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 @pytest.mark.parametrize("include", [(), ("optimizer",)])
 @pytest.mark.parametrize("writer", [saver, sharded])
 @pytest.mark.parametrize("name", DECAYS)
@@ -257,8 +255,6 @@ def test_weight_decay_that_may_not_be_decoupled_is_named(tmp_path):
     assert (tree["without_decay/model/status"].sel(descent="gradient") <= Status.OBTUSE).all()
 
 
-@pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:FutureWarning")
-@pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:DeprecationWarning")
 def test_the_trainer_optimizer_is_matched_by_the_order_of_the_model(tmp_path):
     folder, states = train(tmp_path / "out", states_of=saved_moments)
     model = small_gpt2()

@@ -19,11 +19,6 @@ from natgrad.sources.scalars.text_file import LINE_FORMS, TEXT_KIND
 from natgrad.storage import open_storage
 from opened import ingest, open_source, open_sources
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:DeprecationWarning"),
-]
-
 NANOGPT = """number of parameters: 0.01M
 step 0: train loss 4.2874, val loss 4.2823
 iter 0: loss 4.2649, time 29.31ms, mfu -100.00%
