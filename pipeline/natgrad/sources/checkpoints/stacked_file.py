@@ -152,8 +152,7 @@ class StackedFile:
                 why="it has no losses or learning rates of each step, so that its arrays may be those of a single "
                 "state, without a step dimension",
                 remedy=f"add the step numbers as an array of integers named {key!r}, one for each state; if the "
-                "file contains a single state, pass the folder with the files of all states; if it has a group for "
-                "each state, name them with --pattern, for example --pattern 'state {step}'",
+                "file contains a single state, pass the folder with the files of all states",
             )
 
     def _parameters(self, container: Container) -> list[LoggedTensor]:
