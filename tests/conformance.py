@@ -151,6 +151,39 @@ def save_huggingface(folder, number, state):
     (path / "trainer_state.json").write_text(json.dumps({"global_step": number, "log_history": entries}))
 
 
+def save_npy_folder(folder, number, state):
+    """Write a file for each tensor, and the scalars as JSON."""
+    path = folder / f"step_{number}"
+    shutil.rmtree(path, ignore_errors=True)
+    for key, value in state.items():
+        if "/" in key:
+            array, _, name = key.partition("/")
+            (path / f"{array}s").mkdir(parents=True, exist_ok=True)
+            np.save(path / f"{array}s" / name, value)
+    scalars = {name: float(state[name]) for name in ("loss", "learning_rate") if name in state}
+    (path / "info.json").write_text(json.dumps(scalars))
+
+
+def pickled(state):
+    """Return the nested form of a state with NumPy arrays."""
+    tree = {}
+    for key, value in state.items():
+        array, _, name = key.partition("/")
+        if name:
+            tree.setdefault(f"{array}s", {})[name] = np.array(value)
+        else:
+            tree[key] = value
+    return tree
+
+
+def save_pickle(folder, number, state):
+    (folder / f"step_{number}.pkl").write_bytes(pickle.dumps(pickled(state)))
+
+
+def save_pickled_list(path, states):
+    path.write_bytes(pickle.dumps([{"step": number} | pickled(state) for number, state in states.items()]))
+
+
 def save_torch(folder, number, state):
     torch.save(tree_of(state), folder / f"ckpt_{number}.pt")
 
@@ -420,6 +453,9 @@ TENSOR_WRITERS = {
     "zarr": Writer(flat_file(save_zarr, ".zarr"), "odd {step} name.zarr"),
     "zarr, one group": Writer(one_file("run.zarr", save_zarr)),
     "zarr, groups": Writer(grouped("run.zarr", save_zarr_groups)),
+    "npy": Writer(by_step(save_npy_folder)),
+    "pickle": Writer(by_step(save_pickle), "odd {step} name.pkl"),
+    "pickle, one file": Writer(grouped("run.pkl", save_pickled_list)),
     "safetensors": Writer(by_step(save_safetensors_folder)),
     "torch": Writer(by_step(save_torch), "odd {step} name.pt"),
     "torch, several files": Writer(by_step(save_torch_parts), "odd {step} name *.pt"),

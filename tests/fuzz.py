@@ -64,6 +64,16 @@ def of_formats(name):
     return write
 
 
+def of_conformance(name):
+    def write(folder):
+        import conformance
+
+        written = {number: conformance.State(state, str(number)) for number, state in enumerate(states())}
+        return conformance.TENSOR_WRITERS[name].write(folder / "log", written)
+
+    return write
+
+
 def native(folder):
     from logs import write_log
 
@@ -258,8 +268,12 @@ PARSERS = {
     "npz, one file": of_formats("npz, one file"),
     "torch": of_formats("torch"),
     "torch, optimizer": optimizer,
+    "npy": of_conformance("npy"),
+    "pickle": of_conformance("pickle"),
     "hdf5": uncompressed_hdf5,
     "hdf5, one file": of_formats("hdf5, one file"),
+    "hdf5, groups": of_conformance("hdf5, groups"),
+    "torch, one file": of_conformance("torch, one file"),
     "zarr": uncompressed_zarr(3),
     "zarr, version 2": uncompressed_zarr(2),
     "zarr, one group": of_formats("zarr, one group"),
@@ -288,6 +302,7 @@ OTHER_VALUES = (
     "zarr, one group",
     "hdf5",
     "hdf5, one file",
+    "hdf5, groups",
     "torch, optimizer",
     "bergson",
     "megatron",

@@ -327,6 +327,70 @@ def index_log(folder, content):
     return folder
 
 
+def pickle_log(folder, body, protocol=b"\x80\x04"):
+    folder.mkdir(parents=True)
+    (folder / "step_0.pkl").write_bytes(protocol + body + b".")
+    return folder
+
+
+def pickled_array(
+    shape=b"K\x02\x85", code=b"f4", words=bytes(8), function=b"numpy.core.multiarray\n_reconstruct\n"
+):
+    """Return opcodes that rebuild an array, with any description."""
+    start = b"c" + function + b"(cnumpy\nndarray\nK\x00\x85C\x01btR"
+    dtype = b"cnumpy\ndtype\n(" + text(code.decode()) + b"\x89\x88tR"
+    return start + b"(K\x01" + shape + dtype + b"\x89B" + struct.pack("<I", len(words)) + words + b"tb"
+
+
+def with_pickle(value, **options):
+    return lambda folder: pickle_log(folder, b"}" + text("params") + value + b"s", **options)
+
+
+def npy_log(folder, header, content=b""):
+    folder.mkdir(parents=True)
+    start = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header))
+    (folder / "theta_0.npy").write_bytes(start + header + content)
+    return folder
+
+
+class Executed:
+    """An object whose pickle would run a command."""
+
+    def __reduce__(self):
+        return os.system, ("false",)
+
+
+def many_references(folder):
+    """Write a pickle whose dict has one array of 64 KiB under many keys."""
+    entries = b"".join(text(str(index)) + b"h\x01" for index in range(1 << 15))
+    stored = pickled_array(b"M\x00\x40\x85", words=bytes(1 << 16)) + b"q\x01"
+    return pickle_log(folder, b"}(" + text("first") + stored + entries + b"u")
+
+
+FILES = {
+    "pickle, a command": lambda folder: pickle_log(folder, pickle.dumps({"params": Executed()}, protocol=4)[2:-1]),
+    "pickle, eval": with_pickle(b"cbuiltins\neval\n(" + text("1") + b"tR"),
+    "pickle, too few bytes": with_pickle(pickled_array(words=bytes(4))),
+    "pickle, negative shape": with_pickle(pickled_array(b"J\xff\xff\xff\xff\x85")),
+    "pickle, huge shape": with_pickle(pickled_array(b"J\xff\xff\xff\x7f\x85")),
+    "pickle, objects": with_pickle(pickled_array(code=b"O8")),
+    "pickle, shape that is text": with_pickle(pickled_array(text("x"))),
+    "pickle, nested lists": lambda folder: pickle_log(folder, b"}" + text("params") + NESTED + TOP + b"s"),
+    "pickle, one array many times": many_references,
+    "pickle, truncated": lambda folder: pickle_log(folder, b"}" + text("params") + pickled_array()[:-40]),
+    "pickle, external": with_pickle(text("x") + b"Q"),
+    "npy, exabytes": lambda folder: npy_log(
+        folder, b"{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000000000,), }"
+    ),
+    "npy, code": lambda folder: npy_log(folder, b"__import__('os').abort()"),
+    "npy, objects": lambda folder: npy_log(
+        folder, b"{'descr': '|O', 'fortran_order': False, 'shape': (1,), }", pickle.dumps(Executed())
+    ),
+    "npy, negative": lambda folder: npy_log(folder, b"{'descr': '<f4', 'fortran_order': False, 'shape': (-1,), }"),
+    "npy, pipe": lambda folder: fifo(folder / "theta_0.npy").parent,
+    "pickle, pipe": lambda folder: fifo(folder / "step_0.pkl").parent,
+}
+
 ARRAYS = {
     "npz, negative shape": lambda folder: npz_log(folder, [("parameter/w.npy", npy((-1, -3)))]),
     "npz, shape of floats": lambda folder: npz_log(folder, [("parameter/w.npy", npy((2.0,)))]),
@@ -608,6 +672,7 @@ LOGS = {
     **TORCH,
     **CHECKPOINTS,
     **ARRAYS,
+    **FILES,
     **{name: lambda folder, write=write: with_run(folder, write) for name, write in SCALARS.items()},
     **TEXTS,
     **IRREGULAR,

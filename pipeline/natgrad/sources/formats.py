@@ -18,8 +18,9 @@ from typing import Any
 from natgrad.schema.errors import InputError
 from natgrad.schema.extensions import Extension, registered
 from natgrad.schema.logs import logger
-from natgrad.schema.names import SCALARS
+from natgrad.schema.names import SCALARS, STATES
 from natgrad.sources.base import Source
+from natgrad.sources.checkpoints.array_folder import ARRAYS_KIND
 from natgrad.sources.checkpoints.bergson_store import BergsonFolder, holds_bergson
 from natgrad.sources.checkpoints.dcp_folder import DCP_KIND
 from natgrad.sources.checkpoints.deepspeed_folder import DEEPSPEED_KIND
@@ -27,7 +28,9 @@ from natgrad.sources.checkpoints.hdf5_file import Hdf5File
 from natgrad.sources.checkpoints.huggingface import TRAINER_KIND, TrainerFolder
 from natgrad.sources.checkpoints.megatron_folder import MEGATRON_KIND
 from natgrad.sources.checkpoints.model_folder import MODEL_KIND
+from natgrad.sources.checkpoints.npy_file import NpyFile
 from natgrad.sources.checkpoints.npz_file import NpzStack
+from natgrad.sources.checkpoints.numpy_pickle import PickleFile, is_pickle
 from natgrad.sources.checkpoints.orbax_folder import ORBAX_KIND
 from natgrad.sources.checkpoints.rank_files import RANKS_KIND
 from natgrad.sources.checkpoints.stacked_file import StackedFile
@@ -192,6 +195,23 @@ _HDF5 = Kind(
     lambda step, names: Hdf5File(step),
     suffixes=(".h5", ".hdf5"),
     content=lambda path: first_bytes(path, 8) == b"\x89HDF\r\n\x1a\n",
+)
+
+
+_PICKLE = Kind(
+    "step_<N>.pkl",
+    lambda path: role_of(path.name) != "other",  # random states of accelerate, for example
+    lambda step, names: PickleFile(step, names.inert),
+    CHECKPOINT,
+    suffixes=(".pkl", ".pickle", ".p", ".pkl.gz", ".pickle.gz", ".joblib"),
+    content=lambda path: is_pickle(first_bytes(path, 2)),
+)
+_NPY = Kind(
+    "<name>_<N>.npy",
+    is_entry,
+    lambda step, names: NpyFile(step, role_of(step.storage.name) or STATES[0]),
+    suffixes=(".npy",),
+    content=lambda path: first_bytes(path, 6) == b"\x93NUMPY",
 )
 
 
@@ -384,6 +404,21 @@ _BUILT_IN: dict[str, Format] = {
             _NATIVE + "; float64, float32, float16; tensors in Fortran order are loaded completely",
             "bfloat16; compressed data in one file of all steps",
             **_folder_or_file(NATIVE_KINDS["npz"], NpzStack),
+        ),
+        Format(
+            "npy",
+            "folder of <name>_<N>.npy (numpy.save), or of folders step_<N>/ with .npy, .npz, .pt or .pkl files "
+            "named after their contents, such as params.npy and grads.npy",
+            "parameters and gradients, in one file, or a file for each tensor; scalars in JSON files; out of core",
+            "scalars, if the steps are single files: pass their log as an additional SOURCE",
+            **_folder(_NPY, ARRAYS_KIND),
+        ),
+        Format(
+            "pickle",
+            "folder of step_<N>.pkl (pickle.dump) with dicts of NumPy or JAX arrays, or one such file of all steps",
+            "the same as torch; arrays are loaded completely",
+            "class instances: pickles are not executed; joblib and compressed pickles; more than 128 MiB in a file",
+            **_folder_or_file(_PICKLE, PickleFile, CHECKPOINT, by_content=True),
         ),
         Format(
             "hdf5",

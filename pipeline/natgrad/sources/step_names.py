@@ -20,6 +20,7 @@ __all__ = [
     "StepName",
     "checked_pattern",
     "counts_other",
+    "is_content",
     "is_step",
     "parse_name",
     "role_of",
@@ -236,6 +237,17 @@ def role_of(name: str) -> str:
     """
     found = set(_words(name))
     return next((role for role, words in _ROLES.items() if words & found), "")
+
+
+def is_content(name: str) -> bool:
+    """Return True if a name says that it is that of parameters, gradients or states.
+
+    Examples
+    --------
+    >>> [is_content(name) for name in ("params", "grads", "model_final", "loss", "run")]
+    [True, True, True, False, False]
+    """
+    return bool(set(_words(name)) & _CONTENT_WORDS)
 
 
 def counts_other(before: str) -> bool:

@@ -22,13 +22,36 @@ from natgrad.sources.container import Container, Region, read_errors
 from natgrad.sources.steps import LoggedStep, where
 from natgrad.storage import open_regular
 
-__all__ = ["NpzFile", "NpzStack"]
+__all__ = ["NpzFile", "NpzStack", "array_header"]
 
 _SKIP = 1 << 20
 _FORM, _SUFFIX = "an npz file", ".npy"
 _HEADER_LIMIT = 1 << 14
 _MEMBER_OPERATIONS = 100
 _OPEN_STREAMS = 256
+
+
+def array_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Read the header of an array: its shape, whether it is in Fortran order, and its dtype.
+
+    The length of the header is checked first, because NumPy reads it completely.
+
+    Raises
+    ------
+    ValueError
+        If the header is not valid.
+    """
+    magic = file.read(npy.MAGIC_LEN)
+    version = npy.read_magic(io.BytesIO(magic))
+    width = 2 if version == (1, 0) else 4
+    length = file.read(width)
+    size = integer(int.from_bytes(length, "little"), "the length of a header", most=_HEADER_LIMIT)
+    read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+    try:
+        shape, fortran, dtype = read(io.BytesIO(length + file.read(size)))
+    except (tokenize.TokenError, SyntaxError) as error:
+        raise ValueError(f"the header of an array is not valid: {error}") from error
+    return shape_of(shape, "an array"), fortran, dtype
 
 
 class NpzFile(Container):
@@ -78,7 +101,7 @@ class NpzFile(Container):
                     self.unread[key] = f"it is not an array: its name in the archive does not end with {_SUFFIX}"
                 continue
             with read_errors(self.step, _FORM, key), self._archive.open(member) as file:
-                shape, _, dtype = self._header(file)
+                shape, _, dtype = array_header(file)
                 self.add(key, shape, dtype.name)
                 # The sizes of pickled objects are not recorded; their dtype is refused where it is used.
                 if not dtype.hasobject and file.tell() + math.prod(shape) * dtype.itemsize != member.file_size:
@@ -94,7 +117,7 @@ class NpzFile(Container):
             return None
         with read_errors(self.step, _FORM, key):
             with self._archive.open(member) as file:
-                shape, fortran, dtype = self._header(file)
+                shape, fortran, dtype = array_header(file)
                 header = file.tell()
             if (fortran and len(shape) > 1) or not dtype.isnative:
                 return None
@@ -115,20 +138,6 @@ class NpzFile(Container):
             self._member[1].close()
             self._member = None
 
-    def _header(self, file: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-        """Read the header of an array. Its length is checked first, because NumPy reads it completely."""
-        magic = file.read(npy.MAGIC_LEN)
-        version = npy.read_magic(io.BytesIO(magic))
-        width = 2 if version == (1, 0) else 4
-        length = file.read(width)
-        size = integer(int.from_bytes(length, "little"), "the length of a header", most=_HEADER_LIMIT)
-        read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-        try:
-            shape, fortran, dtype = read(io.BytesIO(length + file.read(size)))
-        except (tokenize.TokenError, SyntaxError) as error:
-            raise ValueError(f"the header of an array is not valid: {error}") from error
-        return shape_of(shape, "an array"), fortran, dtype
-
     def read(self, key: str, start: int, out: NDArray[Any]) -> None:
         """Read elements of a tensor into a buffer; see `natgrad.sources.base.StepReader`."""
         with read_errors(self.step, _FORM, key):
@@ -139,7 +148,7 @@ class NpzFile(Container):
             self._close_member()
             file: Any = self._archive.open(name)
             self._member = (name, file, 0)
-            shape, fortran, dtype = self._header(file)
+            shape, fortran, dtype = array_header(file)
             if (fortran and len(shape) > 1) or not dtype.isnative:
                 # The order or the byte order differs from that of the store: load and convert the complete tensor.
                 file.close()
@@ -172,7 +181,7 @@ class NpzStack(NpzFile):
                 member = self._archive.getinfo(key + _SUFFIX)
                 with read_errors(self.step, _FORM, key):
                     with self._archive.open(member) as file:
-                        shape, fortran, dtype = self._header(file)
+                        shape, fortran, dtype = array_header(file)
                         header = file.tell()
                     if (fortran and len(shape) > 1) or not dtype.isnative:
                         raise self._other_order(key, fortran)
@@ -216,7 +225,7 @@ class NpzStack(NpzFile):
             while len(self._streams) >= _OPEN_STREAMS:
                 self._streams.popitem(last=False)[1][0].close()
             file, position = self._archive.open(key + _SUFFIX), 0
-            self._header(file)
+            array_header(file)
         _fill(file, (start - position) * out.itemsize, out)
         self._streams[key] = file, start + out.size
 

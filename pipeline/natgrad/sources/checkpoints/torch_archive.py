@@ -27,8 +27,10 @@ from natgrad.storage import open_regular
 __all__ = [
     "METADATA_FUNCTIONS",
     "METADATA_VALUES",
+    "SCALAR_FUNCTIONS",
     "TORCH_DTYPES",
     "DistributedTensor",
+    "NumpyDtype",
     "TorchArchive",
     "TorchFile",
     "TorchTensor",
@@ -260,13 +262,22 @@ def _numpy_scalar(dtype: Any, words: Any) -> Any:
     return np.frombuffer(words, np.dtype(code).newbyteorder(order), count=1)[0].item()
 
 
-class _NumpyDtype(Record):
+class NumpyDtype(Record):
     """A pickled NumPy dtype: its code, and the byte order from its state."""
 
     def build(self, state: Any) -> None:
         """Take the byte order from the state."""
         self.state["order"] = ">" if state[1] == ">" else "<"
 
+
+SCALAR_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "numpy.dtype": lambda code, *_: NumpyDtype("numpy.dtype", {"code": code}),
+    "numpy._core.multiarray.scalar": _numpy_scalar,
+    "numpy.core.multiarray.scalar": _numpy_scalar,
+    "_codecs.encode": _encode,
+    "builtins.bytes": lambda: b"",
+}
+"""Functions that rebuild dtypes and numbers of NumPy, and short bytes."""
 
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_tensor_v2": _rebuild,
@@ -279,11 +290,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "torch.serialization._get_layout": lambda *_: Skipped("torch.layout"),
     "collections.OrderedDict": lambda: {},
     "collections.defaultdict": lambda *_: {},
-    "numpy.dtype": lambda code, *_: _NumpyDtype("numpy.dtype", {"code": code}),
-    "numpy._core.multiarray.scalar": _numpy_scalar,
-    "numpy.core.multiarray.scalar": _numpy_scalar,
-    "_codecs.encode": _encode,
-    "builtins.bytes": lambda: b"",
+    **SCALAR_FUNCTIONS,
     "argparse.Namespace": lambda *_: Record("argparse.Namespace"),
     "pytorch_optimizer.optimizer.utils.preconditioner.PreConditioner": lambda: Attributes("PreConditioner"),
 }

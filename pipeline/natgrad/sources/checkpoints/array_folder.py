@@ -1,0 +1,119 @@
+"""Read steps that are folders of files with arrays: ``step_0/params.npy`` and ``step_0/grads.npy``, for example."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from natgrad.sources.bounds import JSON_LIMIT, Budget, parse_json, read_limited
+from natgrad.sources.checkpoints import pickle_data
+from natgrad.sources.checkpoints.npy_file import NpyFile
+from natgrad.sources.checkpoints.npz_file import NpzFile
+from natgrad.sources.checkpoints.numpy_pickle import PickleFile
+from natgrad.sources.checkpoints.several_files import SeveralFiles
+from natgrad.sources.checkpoints.step_folder import Kind
+from natgrad.sources.checkpoints.torch_archive import TorchFile, flat_numbers
+from natgrad.sources.container import Container, read_errors
+from natgrad.sources.names import CHECKPOINT, Names
+from natgrad.sources.step_names import is_content, is_step, parse_name, role_of, words
+from natgrad.sources.steps import LoggedStep
+from natgrad.storage import LocalStorage
+
+__all__ = ["ARRAYS_KIND", "ArrayFolder"]
+
+_FORM = "a folder of arrays"
+_DEPTH = 3
+_FILE_OPERATIONS = 500
+_SETTINGS = {"config", "args", "hparams", "settings", "options"}
+_OPENERS: dict[str, Callable[[LoggedStep], Container]] = {
+    ".npz": NpzFile,
+    ".pt": TorchFile,
+    ".pth": TorchFile,
+    ".pkl": PickleFile,
+    ".pickle": PickleFile,
+}
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Yield the files of a folder, and the npy files in its folders, sorted. Links to folders are not followed."""
+    for path, folders, names in os.walk(folder):
+        folders.sort()
+        below = Path(path)
+        if len(below.relative_to(folder).parts) >= _DEPTH:
+            folders.clear()
+        for name in sorted(names):
+            if not name.startswith(".") and (below == folder or name.endswith(".npy")):
+                yield below / name
+
+
+def _is_step(path: Path) -> bool:
+    """Return True if a folder contains files of one step, named after what they are."""
+    if not path.is_dir():
+        return False
+    files = [file for file in _files(path) if file.suffix in (".npy", *_OPENERS)]
+    stems = [file.relative_to(path).with_suffix("").parts[0] for file in files]
+    if any(is_step(stem) for stem in stems):
+        return False
+    named = [is_content(stem) and role_of(stem) not in ("optimizer", "other") for stem in stems]
+    if is_step(path.name) and not path.name.isdecimal():
+        return any(named)
+    # The folder may be that of a run, whose files have the number of a step.
+    return len(set(stems)) > 1 and all(named) and all(parse_name(stem).number is None for stem in stems)
+
+
+class ArrayFolder(SeveralFiles):
+    """The files of one step.
+
+    Every ``.npy`` file is an array whose key is its path. A ``.npz``, ``.pt`` or ``.pkl`` file contains the tensors
+    of its kind (see `natgrad.sources.step_names.role_of`), or has usual keys. Numbers in JSON files are scalars.
+    Other files are not read.
+
+    Parameters
+    ----------
+    step : LoggedStep
+    names : Names
+
+    Raises
+    ------
+    InputError
+        If a file cannot be read, or two files contain the same key.
+    """
+
+    def __init__(self, step: LoggedStep, names: Names) -> None:
+        super().__init__(step)
+        try:
+            with read_errors(step, _FORM):
+                for path in _files(step.path):
+                    self._add(path, names)
+        except BaseException:
+            self.close()
+            raise
+
+    def _add(self, path: Path, names: Names) -> None:
+        relative = path.relative_to(self.step.path)
+        self.budget.spend(_FILE_OPERATIONS)
+        if path.suffix == ".npy":
+            self.include(NpyFile(self.step, relative.with_suffix("").as_posix(), LocalStorage(path)))
+        elif path.suffix == ".json" and not words(path.stem) & _SETTINGS:
+            content = read_limited(path, JSON_LIMIT)
+            self.budget = Budget(self.budget.size + len(content))
+            tree = parse_json(content, path.name, self.budget)
+            leaves = [*pickle_data.flatten(tree, self.budget)] if isinstance(tree, dict) else []
+            self.numbers |= {key: value for key, value in flat_numbers(leaves).items() if key not in self.numbers}
+        elif path.suffix in _OPENERS:
+            role = role_of(path.stem)
+            if role == "other":
+                self.unread[relative.as_posix()] = "its name says that it contains neither the model nor gradients"
+                return
+            container = _OPENERS[path.suffix](LoggedStep(self.step.number, LocalStorage(path)))
+            _, rename = names.of_part(role, container)
+            self.include(container, role or path.stem, rename)
+
+
+ARRAYS_KIND = Kind(
+    "step-<N>/params.npy and grads.npy, or .npz, .pt, .pkl",
+    _is_step,
+    ArrayFolder,
+    CHECKPOINT,
+)

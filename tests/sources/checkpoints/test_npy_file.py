@@ -1,0 +1,128 @@
+"""Arrays in npy files are read in place or converted, and folders of them are steps."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from logs import random_walk
+from natgrad.schema.errors import InputError
+from natgrad.sources.checkpoints.npy_file import NpyFile
+from natgrad.sources.formats import find_format
+from natgrad.sources.opening import open_source
+from natgrad.sources.steps import LoggedStep
+from natgrad.storage import LocalStorage, open_storage
+from natgrad.store import open_trajectory
+from opened import ingest
+
+TENSORS = {"W1": (4, 3), "b1": (4,)}
+STATES = random_walk(4, TENSORS, "float32")
+
+
+def arrays(state, array):
+    return {key.partition("/")[2]: value for key, value in state.items() if key.startswith(f"{array}/")}
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("dtype", ["<f4", ">f8"])
+def test_any_part_of_an_array_is_read(tmp_path, order, dtype):
+    values = np.arange(24, dtype=dtype).reshape(2, 3, 4)
+    np.save(tmp_path / "a.npy", values.copy(order=order))
+    with NpyFile(LoggedStep(0, LocalStorage(tmp_path / "a.npy")), "x") as container:
+        assert container.tensors["x"].shape == (2, 3, 4)
+        assert (container.ranges("x") is None) == (order == "F" or dtype == ">f8")
+        for start, stop in ((0, 24), (5, 17), (23, 24), (7, 7)):
+            found = np.zeros(stop - start, container.tensors["x"].dtype)
+            container.read("x", start, found)
+            np.testing.assert_array_equal(found, values.ravel()[start:stop])
+
+
+def test_flat_states_in_single_files_stay_in_place(tmp_path):
+    for step, state in enumerate(STATES):
+        for array, name in (("parameter", "theta"), ("gradient", "grad")):
+            flat = np.concatenate([value.ravel() for value in arrays(state, array).values()])
+            np.save(tmp_path / f"{name}_{step:04}.npy", flat)
+    assert find_format(tmp_path) == "npy"
+    ingest([tmp_path], tmp_path / "out.zarr", in_place=True)
+    trajectory = open_trajectory(tmp_path / "out.zarr")
+    assert [(tensor.name, tensor.shape) for tensor in trajectory.layout.tensors] == [("theta", (16,))]
+    words = np.zeros((4, 16), np.float32)
+    trajectory.read("gradient", 0, 4, 0, words)
+    flat = [np.concatenate([value.ravel() for value in arrays(state, "gradient").values()]) for state in STATES]
+    np.testing.assert_array_equal(words, flat)
+    assert not any((tmp_path / "out.zarr/parameter/c").glob("**/*"))
+
+
+def save_whole(folder, state):
+    for array, name in (("parameter", "params"), ("gradient", "grads")):
+        np.savez(folder / f"{name}.npz", **arrays(state, array))
+
+
+def save_folders(folder, state):
+    for array, name in (("parameter", "params"), ("gradient", "grads")):
+        (folder / name).mkdir()
+        for tensor, value in arrays(state, array).items():
+            np.save(folder / name / tensor, value)
+
+
+def save_torch(folder, state):
+    for array, name in (("parameter", "model"), ("gradient", "grad")):
+        tree = {tensor: torch.from_numpy(np.array(value)) for tensor, value in arrays(state, array).items()}
+        torch.save(tree, folder / f"{name}.pt")
+    (folder / "notes.txt").write_text("x")
+
+
+def save_pickles(folder, state):
+    for array, name in (("parameter", "params"), ("gradient", "gradients")):
+        tree = {tensor: np.array(value) for tensor, value in arrays(state, array).items()}
+        (folder / f"{name}.pkl").write_bytes(pickle.dumps(tree))
+    (folder / "ema_params.pkl").write_bytes(b"")
+
+
+@pytest.mark.parametrize("save", [save_whole, save_folders, save_torch, save_pickles])
+@pytest.mark.parametrize("name", ["step_{}", "ckpt-{:05}"])
+def test_folders_of_arrays_are_steps(tmp_path, save, name):
+    for step, state in enumerate(STATES):
+        folder = tmp_path / name.format(step)
+        folder.mkdir()
+        save(folder, state)
+        (folder / "info.json").write_text(json.dumps({"loss": float(state["loss"]), "opt": {"lr": 3}, "lr": 0.5}))
+        (folder / "config.json").write_text('{"learning_rate": 9}')
+    assert find_format(tmp_path) == "npy"
+    log = open_source(open_storage(tmp_path))
+    assert [step.number for step in log.steps()] == [0, 1, 2, 3]
+    for step, state in zip(log.steps(), STATES, strict=True):
+        with log.open(step) as reader:
+            content = reader.content()
+            assert content.scalars == {"loss": float(state["loss"]), "learning_rate": 0.5}
+            for array in ("parameter", "gradient"):
+                assert content.arrays[array].keys() == TENSORS.keys()
+                for tensor, value in arrays(state, array).items():
+                    found = np.zeros(value.size, np.float32)
+                    reader.read(array, tensor, 0, found)
+                    np.testing.assert_array_equal(found, value.ravel())
+
+
+def test_other_folders_are_not_steps(tmp_path):
+    for name in ("seed-0", "seed-1"):  # runs
+        (tmp_path / name).mkdir()
+        save_whole(tmp_path / name, STATES[0])
+    for name in ("0", "1"):  # runs of several steps
+        (tmp_path / name).mkdir()
+        np.savez(tmp_path / name / "params_0.npz", w=np.ones(2))
+        np.savez(tmp_path / name / "params_1.npz", w=np.ones(2))
+    (tmp_path / "ckpt-5").mkdir()  # an incomplete checkpoint of the Trainer
+    torch.save({}, tmp_path / "ckpt-5" / "optimizer.pt")
+    torch.save({}, tmp_path / "ckpt-5" / "rng_state.pth")
+    assert find_format(tmp_path) is None
+
+
+def test_an_incomplete_file_is_named(tmp_path):
+    np.save(tmp_path / "theta_0.npy", np.ones(9))
+    content = (tmp_path / "theta_0.npy").read_bytes()
+    (tmp_path / "theta_0.npy").write_bytes(content[:-8])
+    log = open_source(open_storage(tmp_path))
+    with pytest.raises(InputError, match=r"does not have the 64 bytes of the file(.|\n)*theta_0\.npy"):
+        log.open(log.steps()[0])
