@@ -90,15 +90,20 @@ def train(model, optimizer, steps, **hooks):
 def updates_of(folder):
     """Yield the updates of a log of ledgers."""
     log = LedgerLog(folder)
-    for block in log.updates():
-        for index, step in enumerate(block.steps):
-            yield {
-                "step": int(step),
-                "attempt": block.attempt,
-                "skipped": bool(block.skipped[index]),
-                "loss": float(block.loss[index]),
-                **{
-                    kind: dict(zip(log.layout.names, getattr(block, kind)[index], strict=True))
-                    for kind in ("gram", "ratio", "rates")
-                },
-            }
+    names = [tensor.name for tensor in log.header.tensors]
+    for step in log.steps():
+        with log.open(step) as reader:
+            content = reader.content()
+            if "skipped" not in content.scalars:  # the state after an update that no other follows
+                continue
+            gram, ratio = reader.products(names)
+        rate = content.scalars.get("learning_rate", np.nan)
+        rates = dict.fromkeys(names, rate) if content.optimizer is None else content.optimizer.rates
+        yield {
+            "step": step.number,
+            "skipped": content.scalars["skipped"] == 1.0,
+            "loss": content.scalars.get("loss", np.nan),
+            "gram": dict(zip(names, gram, strict=True)),
+            "ratio": dict(zip(names, ratio, strict=True)),
+            "rates": rates,
+        }

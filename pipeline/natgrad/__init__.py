@@ -36,7 +36,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from natgrad.app.api import analyze, compare, ingest, inspect, materialize, process, replay, report, slim, verify
+    from natgrad.app.api import (
+        analyze,
+        compare,
+        ingest,
+        inspect,
+        materialize,
+        process,
+        replay,
+        report,
+        slim,
+        verify,
+    )
     from natgrad.app.opening import open_ledger, open_results, open_states, open_trajectory
     from natgrad.app.scan import scan
     from natgrad.objectives.jax import JaxObjective

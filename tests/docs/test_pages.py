@@ -45,7 +45,8 @@ def test_the_guide_to_the_recorder_logs_a_run(tmp_path, monkeypatch):
 def test_the_guide_to_pytorch_records_and_processes_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     page = DOCS / "howto" / "pytorch.md"
-    assert run_page(page) == blocks(page) == 10
+    assert run_page(page) == blocks(page) == 11
+    assert natgrad.open_results("runs/ledger").attrs["gradient_source"] == "recorded"
     steps = {path.name: len(list(path.glob("step_*"))) for path in (tmp_path / "logs").iterdir()}
     # Each complete log also has the state after its last update.
     expected = {"adamw": 31, "trainer": 5, "lightning": 9, "shown": 21, "ledger": 0, "weights": 6, "muon": 6}

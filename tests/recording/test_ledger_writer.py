@@ -10,19 +10,19 @@ import pytest
 from natgrad.recording.ledger_writer import LedgerWriter, require_folder, require_no_ledgers
 from natgrad.schema.errors import InputError
 from natgrad.schema.ledger_log import LedgerHeader, RecordedTensor
-from natgrad.sources.ledger_log import LedgerLog
+from watched import updates_of
 
 HEADER = LedgerHeader((RecordedTensor("w", (2,), "float32", "float32", 0),), 1)
 
 
 def record(step):
     one = np.zeros((), HEADER.record)
-    one["step"] = step
+    one["step"], one["span"] = step, 1
     return one
 
 
 def steps(folder):
-    return [int(step) for block in LedgerLog(folder).updates() for step in block.steps]
+    return [update["step"] for update in updates_of(folder)]
 
 
 def test_each_record_can_be_read_as_soon_as_it_is_appended(tmp_path):

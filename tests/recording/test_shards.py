@@ -13,6 +13,7 @@ from lazy import Lazy
 from natgrad.kernel.ledger_sums import roundoff_bound
 from natgrad.kernel.updates import portable_products
 from natgrad.sources.ledger_log import LedgerLog
+from watched import updates_of
 
 torch = Lazy("torch")
 
@@ -158,11 +159,12 @@ def test_ledgers_of_several_ranks_are_those_of_the_gathered_tensors(finished, ki
     states = torch.load(folder / "states.pt")
     log = LedgerLog(folder / "log")
     assert [tensor.shape for tensor in log.header.tensors] == [(1, 17), (1,), (5, 1), (5,), (3, 5), (3,)]
-    (block,) = log.updates()
-    assert block.steps.tolist() == [0, 1, 2, 3]
-    for step, (found, ratio) in enumerate(zip(block.gram, block.ratio, strict=True)):
-        pairs = [states[step][name] for name in log.layout.names]
-        after = [states[step + 1][name][0] for name in log.layout.names]
+    updates, names = list(updates_of(folder / "log")), [tensor.name for tensor in log.header.tensors]
+    assert [update["step"] for update in updates] == [0, 1, 2, 3]
+    for step, update in enumerate(updates):
+        found, ratio = (np.stack([*update[kind].values()]) for kind in ("gram", "ratio"))
+        pairs = [states[step][name] for name in names]
+        after = [states[step + 1][name][0] for name in names]
         arrays = ([one for one, _ in pairs], after, [gradient for _, gradient in pairs])
         expected, its_ratio = portable_products(*([one.numpy().ravel() for one in each] for each in arrays))
         norms = np.sqrt(np.einsum("tii->ti", expected))
@@ -179,8 +181,7 @@ def test_an_error_in_one_rank_ends_the_recording_in_all_and_the_training_continu
     assert "the state of the optimizer was replaced" in outputs[1][1]
     assert all("the training continues" in error for _, error in outputs)
     for name in ("ended", "again"):
-        (block,) = LedgerLog(folder / name).updates()
-        assert block.steps.tolist() == [0, 1]
+        assert [update["step"] for update in updates_of(folder / name)] == [0, 1]
 
 
 def test_parameters_that_several_ranks_have_and_flattened_ones_are_refused(finished):

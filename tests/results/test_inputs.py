@@ -28,8 +28,14 @@ class States:
     runs: tuple = ("first", "second")
     dtypes: dict = field(default_factory=lambda: {"parameter": "float32", "gradient": "float32"})
     has_gradient: bool = True
+    gradient_source: str = "logged"
+    evaluation: str = "unknown"
     storage: str = "a store"
     read_options: dict | None = None
+
+    @property
+    def array_dtypes(self):
+        return self.dtypes
 
     @property
     def numbers(self):

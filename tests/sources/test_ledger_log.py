@@ -1,6 +1,7 @@
 """Test that a log of ledgers is read while it grows, and that no damaged record is used."""
 
 import json
+import re
 import zlib
 
 import numpy as np
@@ -13,7 +14,7 @@ from natgrad.recording.ledger_writer import LedgerWriter
 from natgrad.schema.errors import InputError
 from natgrad.schema.ledger_log import LedgerHeader, RecordedTensor, packed
 from natgrad.sources.ledger_log import LedgerLog
-from natgrad.sources.steps import NotYet, Unreadable
+from natgrad.sources.steps import LoggedTensor, NotYet, Unreadable
 
 HEADER = LedgerHeader(
     (RecordedTensor("w", (2, 3), "float32", "float32", 1), RecordedTensor("b", (), "bfloat16", "bfloat16", 0)), 2
@@ -24,50 +25,94 @@ def write(folder, steps, header=HEADER):
     """Write a file, and return its path and the records."""
     writer = LedgerWriter(folder, header)
     records = np.zeros(len(steps), header.record)
-    random = np.random.default_rng(len(steps))
+    random = np.random.default_rng([*steps])
     for record, step in zip(records, steps, strict=True):
         factor = random.standard_normal((len(header.tensors), 4, 4))
         record["step"], record["span"], record["flags"] = step, 1, step % 2
-        record["loss"], record["rates"], record["ratio"] = random.standard_normal(), [0.1, 0.2], step
+        record["loss"], record["rates"], record["ratio"] = (
+            random.standard_normal(),
+            [0.1, 0.2][: header.groups],
+            step,
+        )
         record["gram"] = packed(factor @ factor.swapaxes(1, 2))
         writer.append(record)
     writer.close()
     return writer.path, records
 
 
+def read(folder):
+    """Return the content and the products of each step, with the tensors in reverse order."""
+    log, found = LedgerLog(folder), {}
+    for step in log.steps():
+        with log.open(step) as reader:
+            found[step.number] = reader.content(), *reader.products(["b", "w"])
+    return found
+
+
+def losses_of(folder):
+    """Return the losses of each file, read from its bytes."""
+    start = len(HEADER.to_bytes())
+    files = [folder / f"ledger_{number}.log" for number in range(len([*folder.iterdir()]))]
+    return [{*np.frombuffer(path.read_bytes()[start:], HEADER.record)["loss"].tolist()} for path in files]
+
+
 def steps_of(folder):
-    return [(block.attempt, int(step)) for block in LedgerLog(folder).updates() for step in block.steps]
+    """Return the steps with an update. All records are read."""
+    return [step for step, (content, *_) in read(folder).items() if "skipped" in content.scalars]
 
 
 def test_all_values_are_read_back(tmp_path):
-    path, records = write(tmp_path, range(5))
+    _, records = write(tmp_path, range(5))
+    assert LedgerLog(tmp_path).header == HEADER
+    found = read(tmp_path)
+    assert [*found] == [*range(6)]
+    last, *products = found.pop(5)
+    assert not last.scalars
+    assert {*last.arrays} == {"parameter"}
+    assert all(np.isnan(values).all() for values in products)
+    for (step, (content, gram, ratio)), record in zip(found.items(), records, strict=True):
+        assert content.recorded
+        assert content.arrays["parameter"]["w"] == LoggedTensor((2, 3), "float32")
+        assert content.arrays["gradient"]["b"] == LoggedTensor((), "bfloat16")
+        assert content.scalars == {"loss": record["loss"], "skipped": step % 2}
+        assert content.optimizer.rates == {"w": 0.2, "b": 0.1}  # their groups are 1 and 0
+        np.testing.assert_array_equal(ratio, record["ratio"][::-1])
+        np.testing.assert_array_equal(packed(gram), record["gram"][::-1])
+        np.testing.assert_array_equal(gram, gram.swapaxes(1, 2))
+
+
+def test_the_rate_of_a_single_group_is_that_of_the_model(tmp_path):
+    write(tmp_path, [0], LedgerHeader((RecordedTensor("w", (2,), "float32", "float32", 0),), 1, "batch"))
     log = LedgerLog(tmp_path)
-    assert log.header == HEADER
-    assert log.layout.names == ("w", "b")
-    assert [tensor.shape for tensor in log.layout.tensors] == [(2, 3), ()]
-    (block,) = log.updates()
-    assert block.file == path
-    assert block.steps.tolist() == [0, 1, 2, 3, 4]
-    assert block.skipped.tolist() == [False, True, False, True, False]
-    np.testing.assert_array_equal(block.loss, records["loss"])
-    np.testing.assert_array_equal(block.rates, [[0.2, 0.1]] * 5)  # by tensor, whose groups are 1 and 0
-    np.testing.assert_array_equal(block.ratio, records["ratio"])
-    np.testing.assert_array_equal(packed(block.gram), records["gram"])
-    np.testing.assert_array_equal(block.gram, block.gram.swapaxes(2, 3))
+    with log.open(log.steps()[0]) as reader:
+        content = reader.content()
+    assert content.optimizer is None
+    assert content.scalars["learning_rate"] == 0.1
+    assert content.evaluation == "batch"
 
 
-def test_a_file_of_many_blocks_is_read_in_bounded_parts(tmp_path):
-    tensors = tuple(RecordedTensor(f"t{index}", (1,), "float32", "float32", 0) for index in range(3000))
-    header = LedgerHeader(tensors, 1)
-    writer = LedgerWriter(tmp_path, header)
-    for step in range(40):
-        record = np.zeros((), header.record)
-        record["step"] = step
-        writer.append(record)
-    writer.close()
-    blocks = [block.steps for block in LedgerLog(tmp_path).updates()]
-    assert max(map(len, blocks)) * header.record.itemsize <= 1 << 22
-    assert np.concatenate(blocks).tolist() == list(range(40))
+def test_elements_cannot_be_read(tmp_path):
+    write(tmp_path, [0])
+    log = LedgerLog(tmp_path)
+    with log.open(log.steps()[0]) as reader, pytest.raises(InputError, match="contains no states") as refusal:
+        reader.read("gradient", "w", 0, np.empty(1, np.float32))
+    assert "gradient of tensor 'w'" in refusal.value.where
+
+
+def test_names_cannot_be_mapped(tmp_path):
+    write(tmp_path, [0])
+    with pytest.raises(InputError, match="no keys to map"):
+        LedgerLog(tmp_path, {"loss": "train_loss"})
+
+
+def test_updates_with_a_gap_between_them_end_in_states_without_an_update(tmp_path):
+    write(tmp_path, [0, 1, 4])
+    found = read(tmp_path)
+    assert [*found] == [0, 1, 2, 4, 5]
+    content, gram, _ = found[2]
+    assert {*content.arrays} == {"parameter", "gradient"}  # only the last state of a run may lack its gradient
+    assert not content.scalars
+    assert np.isnan(gram).all()
 
 
 def test_a_log_is_read_at_every_length_of_its_file(tmp_path):
@@ -79,8 +124,11 @@ def test_a_log_is_read_at_every_length_of_its_file(tmp_path):
         if length < start:
             with pytest.raises(NotYet, match="no update yet"):
                 LedgerLog(tmp_path)
+        elif length < start + size:
+            with pytest.raises(NotYet, match="no update yet"):
+                LedgerLog(tmp_path).steps()
         else:
-            assert steps_of(tmp_path) == [(0, step) for step in range((length - start) // size)]
+            assert steps_of(tmp_path) == [*range((length - start) // size)]
 
 
 @settings(max_examples=60)
@@ -95,28 +143,48 @@ def test_a_damaged_record_is_an_error_unless_it_is_the_last(tmp_path_factory, da
     record = 4 - -(-(len(content) - position) // size)
     if record == 3:
         # It may be damaged, or not complete yet.
-        assert steps_of(folder) == [(0, 0), (0, 1), (0, 2)]
+        assert steps_of(folder) == [0, 1, 2]
         return
     with pytest.raises(Unreadable) as refusal:
         steps_of(folder)
     assert str(folder) in refusal.value.where
-    if record > 0:
-        assert f"it follows step {record - 1}" in refusal.value.what
+    if record >= 0:
+        assert re.search("wrong checksum|follows step|takes", refusal.value.what)
 
 
 def test_zeros_after_a_failure_of_the_computer_end_a_file(tmp_path):
     path, _ = write(tmp_path, range(3))
     path.write_bytes(path.read_bytes()[: -HEADER.record.itemsize] + bytes(5 * HEADER.record.itemsize + 3))
-    assert steps_of(tmp_path) == [(0, 0), (0, 1)]
+    assert steps_of(tmp_path) == [0, 1]
 
 
-def test_files_continue_the_log_or_begin_an_attempt(tmp_path):
-    for steps in (range(4), range(4, 6), range(5, 8), range(8, 9), range(2)):
+def test_files_continue_the_log_or_replace_its_end(tmp_path):
+    for steps in (range(4), range(4, 6), range(5, 9), range(8, 9)):
         write(tmp_path, steps)
-    assert [path.name for path in sorted(tmp_path.iterdir())] == [f"ledger_{number}.log" for number in range(5)]
-    expected = [(0, 6), (1, 9), (2, 2)]
-    starts = {0: 0, 1: 5, 2: 0}
-    assert steps_of(tmp_path) == [(one, step) for one, stop in expected for step in range(starts[one], stop)]
+    assert [path.name for path in sorted(tmp_path.iterdir())] == [f"ledger_{number}.log" for number in range(4)]
+    found = read(tmp_path)
+    assert steps_of(tmp_path) == [*range(9)]
+    # Each file has other random values; its losses identify it.
+    of_files = [
+        {content.scalars.get("loss") for content, *_ in found.values()} & losses for losses in losses_of(tmp_path)
+    ]
+    assert [len(one) for one in of_files] == [4, 1, 3, 1]
+    assert any("2 updates that were recorded again" in note for note in found[0][0].notes)
+
+
+def test_updates_that_are_repeated_bit_for_bit_replace_nothing(tmp_path):
+    _, records = write(tmp_path, range(6))
+    writer = LedgerWriter(tmp_path, HEADER)
+    for record in records[2:4]:
+        writer.append(record)
+    assert steps_of(tmp_path) == [*range(6)]
+    assert not read(tmp_path)[0][0].notes
+    changed = records[4].copy()
+    changed["loss"] += 1
+    writer.append(changed)
+    writer.close()
+    assert steps_of(tmp_path) == [*range(5)]
+    assert read(tmp_path)[4][0].scalars["loss"] == changed["loss"]
 
 
 def test_steps_of_a_file_must_increase(tmp_path):
@@ -155,19 +223,13 @@ def test_a_header_of_another_kind_is_refused(tmp_path, change):
         LedgerLog(tmp_path)
 
 
-def test_commands_say_what_the_folder_is_and_name_a_damaged_record(tmp_path):
-    path, _ = write(tmp_path, [*range(3)])
-    write(tmp_path, [1])
-    found = natgrad.inspect(tmp_path)
-    assert found.error["what"] == (
-        "a log of ledgers contains no states: it has 4 updates, from step 0 to 1 in 2 attempts, of 2 tensors "
-        "with 7 elements"
-    )
-    with pytest.raises(InputError, match="a log of ledgers contains no states"):
-        natgrad.process(tmp_path, tmp_path / "out")
+def test_a_damaged_record_is_named_and_nothing_is_stored(tmp_path):
+    (tmp_path / "log").mkdir()
+    path, _ = write(tmp_path / "log", [*range(3)])
     content = bytearray(path.read_bytes())
     content[-HEADER.record.itemsize - 9] ^= 1
     path.write_bytes(content)
-    with pytest.raises(Unreadable, match="record 1 has a wrong checksum; it follows step 0"):
-        natgrad.process(tmp_path, tmp_path / "out")
+    with pytest.raises(Unreadable, match="the record of step 1 has a wrong checksum") as refusal:
+        natgrad.process(tmp_path / "log", tmp_path / "out")
+    assert refusal.value.where == str(path)
     assert not (tmp_path / "out").exists()

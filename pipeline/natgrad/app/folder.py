@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from natgrad.sources.replayed import REPLAY
 from natgrad.storage import Location, Storage, open_out
+from natgrad.store.recorded import located
 
 __all__ = [
     "RunFolder",
@@ -24,9 +25,14 @@ class RunFolder:
         return cls(open_out(out, kind=store, version=version))
 
     @property
-    def trajectory(self) -> Storage:
-        """Trajectory store."""
+    def states(self) -> Storage:
+        """Trajectory store of a run with states."""
         return self.storage / "trajectory.zarr"
+
+    @property
+    def trajectory(self) -> Storage:
+        """Trajectory store, or ``steps.zarr`` of a run without states."""
+        return located(self.states)
 
     @property
     def ledger(self) -> Storage:

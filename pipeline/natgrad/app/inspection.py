@@ -34,6 +34,8 @@ from natgrad.schema.layout import (
 from natgrad.schema.logs import collected_warnings
 from natgrad.schema.names import (
     HVP,
+    PRODUCTS,
+    RECORDED_VECTORS,
     REPLICATE_HVP,
     REPLICATE_LOSS,
     REPLICATE_PARAMETER,
@@ -253,12 +255,17 @@ def _description(log: Source, listed: Sequence[LoggedStep], *, sweep: bool) -> d
     }
     logged |= {REPLICATE_LOSS: f"{len(first.replicate_loss)} replicates"} if first.replicate_loss else {}
     logged |= {name: f"{value:g} at step {listed[0].number}" for name, value in first.scalars.items()}
+    missing = {name: needed for name, needed in NEEDED_FOR.items() if name not in logged}
+    if not first.replicates:
+        missing = {name: needed for name, needed in missing.items() if name not in (REPLICATE_HVP, REPLICATE_LOSS)}
+    if first.recorded:
+        # Arrays cannot be added, because inner products with them require states.
+        logged = {PRODUCTS: f"{len(first.arrays[STATES[0]])} tensors"} | {
+            name: text for name, text in logged.items() if name not in first.arrays
+        }
+        missing = {name: needed for name, needed in missing.items() if name in SCALARS}
     found["holds"] = logged
-    found["missing"] = {
-        name: f"needed for {use}; {remedy}"
-        for name, (use, remedy) in NEEDED_FOR.items()
-        if name not in logged and (name not in (REPLICATE_HVP, REPLICATE_LOSS) or first.replicates)
-    }
+    found["missing"] = {name: f"needed for {use}; {remedy}" for name, (use, remedy) in missing.items()}
     if last.optimizer is not None:
         found["optimizer"] = last.optimizer.problem or (
             f"{', '.join((*last.optimizer.arrays, *_rules(last.optimizer))) or 'options'} of "
@@ -344,10 +351,11 @@ def _plan(
         states=len(listed),
         layout=layout,
         chunk=chunk,
-        dtypes=dtypes,
+        dtypes={} if content.recorded else dtypes,
         replicates=content.replicates,
         partial_reads=True,
         keeps_versions=False,
+        recorded=RECORDED_VECTORS if content.recorded else (),
     )
     tensors, elements, itemsizes = len(layout.tensors), layout.elements, shape.itemsizes
     entries = len(shape.vectors) ** 2 + len(shape.replicate_vectors) ** 2 + 1
@@ -384,11 +392,15 @@ def _plan(
 def _is_in_place(log: Source, step: LoggedStep, content: StepContent) -> bool:
     """Return True if the arrays of a step are plain bytes of its files."""
     with log.open(step) as reader:
-        return isinstance(reader, Ranged) and all(
-            reader.ranges(array, tensor) is not None
-            for array, tensors in content.arrays.items()
-            for tensor, logged in tensors.items()
-            if math.prod(logged.shape)
+        return (
+            bool(content.readable)
+            and isinstance(reader, Ranged)
+            and all(
+                reader.ranges(array, tensor) is not None
+                for array, tensors in content.readable.items()
+                for tensor, logged in tensors.items()
+                if math.prod(logged.shape)
+            )
         )
 
 
@@ -396,7 +408,7 @@ def _reading_rate(log: Source, step: LoggedStep, content: StepContent) -> float 
     """Measure the bytes per second of reading the first tensors of a step; None if there are too few."""
     done, begin = 0, time.perf_counter()
     with log.open(step) as reader:
-        for array, tensors in content.arrays.items():
+        for array, tensors in content.readable.items():
             for name, tensor in tensors.items():
                 if tensor.dtype not in STORAGE_DTYPES or done >= _SAMPLE_BYTES:
                     continue

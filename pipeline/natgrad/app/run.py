@@ -229,7 +229,7 @@ def ingest_run(
     with memory_errors(planned), storage_errors(*sources, folder.storage):
         return ingest(
             sources,
-            folder.trajectory,
+            folder.states,
             format=format,
             mapping=mapping,
             shift=shift,

@@ -49,14 +49,15 @@ class AnalysisSummary(Summary):
         Memory of a worker in bytes, projected before the pass.
     states_verified : str, optional
         Time since which every state has been compared with its checksums, by a pass or by `natgrad.verify`. None if
-        that is not known for a state, because it was trusted (``trust_states``).
+        that is not known for a state, because it was trusted (``trust_states``), or if the run has no states.
     objective : mapping
         Whether losses and gradients belong to one objective: ``evaluation``, as declared, ``consistency``
         (consistent, inconsistent or undecided), its median ``residual``, and ``warnings``.
     status : mapping of str to int
         Number of updates with each status.
     gradient_source : str
-        Origin of the gradients: ``logged``, ``recovered``, or ``none`` if the log has no gradients.
+        Origin of the gradients: ``logged``, ``recorded`` in the training loop without states, ``recovered``, or
+        ``none`` if the log has no gradients.
     gradient_recovery : mapping, optional
         For recovered gradients: ``batch``, whether they are ``clipped``, ``rule``, the largest ``error_bound``,
         what the ``check`` proves, its largest ``check_residual``, and the maximum number of ``updates`` between

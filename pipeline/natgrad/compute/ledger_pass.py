@@ -25,6 +25,7 @@ from natgrad.schema.names import STEP
 from natgrad.schema.times import now, oldest
 from natgrad.storage import Storage
 from natgrad.store import Ledger, Trajectory
+from natgrad.store.recorded import require_ledger
 from natgrad.store.verify import verified_since
 
 __all__ = ["PassSummary", "compute_ledger", "plan_ledger"]
@@ -108,6 +109,10 @@ def compute_ledger(
         )
     shape = states.shape
     plan = plan_ledger(shape, ledger, memory_limit=memory_limit, limits=limits)
+    if states.recorded:
+        found = require_ledger(states)
+        chunks = -(-plan.n_updates // found.updates_per_chunk)
+        return PassSummary(plan.n_updates, chunks, 0, 0, plan, verified_since(states, None))
     _log.info("%s", plan)
     job = Job.of(
         states.storage,

@@ -159,6 +159,8 @@ def describe_steps(
             optimizer=state,
             replicate_loss=content.replicate_loss,
             alignment=content.alignment,
+            recorded=content.recorded,
+            evaluation=content.evaluation,
         )
     warnings += [f"{note} (in {step.storage.name})" for note, step in notes.items()]
     warnings += [

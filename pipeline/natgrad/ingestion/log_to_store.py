@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from natgrad.ingestion.new_updates import (
     incomplete_steps,
     states_to_write,
 )
+from natgrad.ingestion.products import ProductsWriter
 from natgrad.ingestion.read_options import ReadOptions
 from natgrad.ingestion.transfer import EXTREMES, Progress, Writer
 from natgrad.ingestion.waiting import StepWait
@@ -35,9 +36,11 @@ from natgrad.schema.names import (
     HYPERPARAMETERS,
     METRIC_EIGENVALUES,
     OPTIMIZER_NUMBERS,
+    RECORDED_VECTORS,
     RECOVERY,
     REPLICATE_LOSS,
     SCALARS,
+    SKIPPED,
     STEP,
     TENSOR_WEIGHT_DECAY,
     USUAL_SCALARS,
@@ -53,6 +56,7 @@ from natgrad.sources.replayed import REPLAY, Replays
 from natgrad.sources.steps import ListingChanged, LoggedStep, NotYet, where
 from natgrad.storage import Storage
 from natgrad.store import Trajectory, exists
+from natgrad.store.recorded import create_run, located
 
 __all__ = ["INCLUDES", "IngestSummary", "ingest"]
 
@@ -76,7 +80,7 @@ class IngestSummary(Summary):
     source : str
         The log or logs.
     trajectory : str
-        The store.
+        The store, or ``steps.zarr`` of a run without states.
     new_steps, steps : int
         Number of new steps read by this ingest, and number of steps in the current attempt.
     completed_steps : int
@@ -200,7 +204,7 @@ def ingest(
         If files were removed while they were read, after each of several listings of the log.
     """
     options = ReadOptions.requested(sources, mapping, shift, pattern, exact_names, gradient, largest_span)
-    options = options if overwrite else options.for_resuming(store)
+    options = options if overwrite else options.for_resuming(located(store))
     log = _with_new_listings(
         lambda: open_sources(
             sources,
@@ -278,8 +282,8 @@ def _ingest(
     with store.lock("trajectory") as store:
         if not overwrite:
             # Another process may have created the trajectory before the lock was acquired.
-            options.for_resuming(store)
-        trajectory = Trajectory(store) if exists(store) and not overwrite else None
+            options.for_resuming(located(store))
+        trajectory = Trajectory(located(store)) if exists(located(store)) and not overwrite else None
         if trajectory is not None and not trajectory.n_states:
             trajectory = None
         if trajectory is not None:
@@ -314,7 +318,8 @@ def _ingest(
             trajectory = _matching_trajectory(
                 store, trajectory, model, contents, optimizer, options, limits, in_place=in_place
             )
-            writer = Writer(log, trajectory, contents, warnings, limits)
+            kind = ProductsWriter if trajectory.recorded else Writer
+            writer = kind(log, trajectory, contents, warnings, limits)
             try:
                 writer.write(new, progress)
             finally:
@@ -322,7 +327,7 @@ def _ingest(
                 completed.append(writer.completed_steps)
                 trajectory.abandon()
                 if not trajectory.n_states:
-                    Trajectory.remove(store)
+                    Trajectory.remove(trajectory.storage)
         elif trajectory is None:
             raise NotYet(
                 "no step is finished yet",
@@ -346,7 +351,7 @@ def _ingest(
         wait.finish(sum(stored))
     return IngestSummary(
         source=str(log.location),
-        trajectory=str(store),
+        trajectory=str(trajectory.storage),
         new_steps=sum(stored),
         steps=len(numbers),
         first_step=int(numbers.min()),
@@ -403,10 +408,11 @@ def _future_shape(
         states=new,
         layout=layout,
         chunk=chunk_shape(len(contents), layout.elements, content.replicates, limits),
-        dtypes=stored_dtypes(contents.values()),
+        dtypes={} if content.recorded else stored_dtypes(contents.values()),
         replicates=content.replicates,
         partial_reads=store.local_path is not None,
         keeps_versions=store.keeps_versions,
+        recorded=RECORDED_VECTORS if content.recorded else (),
     )
 
 
@@ -429,6 +435,20 @@ def _matching_trajectory(
     content = contents[first]
     dtypes = stored_dtypes(contents.values())
     layout = _layout(content)
+    if content.recorded and in_place:
+        raise InputError(
+            "a log of ledgers has no states to read in place",
+            where=where(first),
+            remedy="omit --in-place",
+        )
+    if trajectory is not None and content.recorded != bool(trajectory.recorded):
+        raise InputError(
+            f"the log has {'inner products of updates' if content.recorded else 'states'}, but OUT was created "
+            f"from {'states' if content.recorded else 'inner products of updates'}",
+            where=where(first),
+            why="OUT contains a different run, or the run was recorded with another mode",
+            remedy="choose another OUT, or start from scratch with --overwrite",
+        )
     if trajectory is not None and not any(
         step.run == first.run and step.number > first.number for step in contents
     ):
@@ -440,24 +460,37 @@ def _matching_trajectory(
     if trajectory is None:
         chunk = chunk_shape(len(contents), layout.elements, content.replicates, limits)
         logged_scalars = {name for content in contents.values() for name in content.numbers}
-        scalars = [name for name in (*SCALARS, REPLICATE_LOSS) if name in logged_scalars.union(USUAL_SCALARS)]
+        logged_scalars |= {*USUAL_SCALARS}
+        scalars = [name for name in (*SCALARS, REPLICATE_LOSS, SKIPPED) if name in logged_scalars]
         source, sweep = str(first.storage.parent.absolute()), bool(first.run)
         described = list(contents.values())
         tables = _tables(first, described, dtypes) if optimizer else _hyperparameter_tables(described)
         tables += RECOVERY if options.recover is not None else ()
-        return Trajectory.create(
-            store,
-            layout,
-            dtypes,
-            chunk,
-            source,
-            scalars=scalars,
-            sweep=sweep,
-            tables=tables,
-            replicates=replicates,
-            in_place=in_place,
-            read_options=options.to_json() | ({"step_span": first.step_span} if first.step_span else {}),
+        described_run: dict[str, Any] = {
+            "source": source,
+            "scalars": scalars,
+            "sweep": sweep,
+            "tables": tables,
+            "evaluation": content.evaluation,
+            "read_options": options.to_json() | ({"step_span": first.step_span} if first.step_span else {}),
+        }
+        if content.recorded:
+            return create_run(
+                store,
+                layout,
+                dtypes,
+                RECORDED_VECTORS,
+                updates=len(contents),
+                updates_per_chunk=None if limits.chunk is None else limits.chunk[0],
+                gradient_source="recorded",
+                **described_run,
+            )
+        created = Trajectory.create(
+            store, layout, dtypes, chunk, replicates=replicates, in_place=in_place, **described_run
         )
+        if located(store) != store:
+            Trajectory.remove(located(store))
+        return created
     if trajectory.step_span != first.step_span:
         raise InputError(
             f"the states of an update are {first.step_span} steps apart in this log, but {trajectory.step_span} in "

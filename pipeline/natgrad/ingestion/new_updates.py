@@ -20,11 +20,12 @@ from natgrad.ingestion.description import (
     stores_optimizer,
 )
 from natgrad.ingestion.in_place import Locator
+from natgrad.ingestion.products import has_products
 from natgrad.ingestion.transfer import NewState, fill_state
 from natgrad.ingestion.waiting import Gap, StepWait
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import storage_dtype
-from natgrad.schema.names import ATTEMPT, REPLICATE_PARAMETER, RUN, STEP, replicate_of
+from natgrad.schema.names import ATTEMPT, PRODUCTS, REPLICATE_PARAMETER, RUN, STATES, STEP, replicate_of
 from natgrad.sources.changes import changed_lately
 from natgrad.sources.listed import ListedLog
 from natgrad.sources.steps import LoggedStep, NotYet, Unreadable, where
@@ -432,6 +433,8 @@ def _is_state(
     log: ListedLog, step: LoggedStep, found: Mapping[str, Any], state: int, committed: _Committed
 ) -> bool:
     """Return True if a step has the content of a committed state. It is read only if its identity differs."""
+    if committed.trajectory.recorded and state in committed.lacking:  # it has no content that could be compared
+        return found == committed.sources[state]
     return found == committed.sources[state] or not _difference(log, step, state, committed, read=True)[0]
 
 
@@ -465,6 +468,9 @@ def _difference(
         log, [step], [], stores_optimizer(trajectory), trajectory.layout.names, trajectory.has_gradient
     )
     content = described[step]
+    if content.recorded != bool(trajectory.recorded):
+        contains = ("states", "inner products of updates")
+        return f"{contains[not content.recorded]}, and now has {contains[content.recorded]}", False
     if content.arrays["parameter"] != parameters_of(trajectory):
         return "different tensors", False
     before, dtypes = (
@@ -487,6 +493,10 @@ def _difference(
     if not read:
         return "", other_scalars
     with log.open(step) as reader:
+        if trajectory.recorded and STATES[1] not in lacks:
+            recorded, _ = trajectory.checksums.of(PRODUCTS, state, state + 1)
+            if not has_products(reader, trajectory.layout.names, int(recorded[0, 0])):
+                return "different inner products", False
         for name, dtype in trajectory.dtypes.items():
             if replicate_of(name)[0] in lacks:
                 continue

@@ -14,7 +14,7 @@ from natgrad.ingestion.new_updates import finished_steps, states_to_write
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import MEBIBYTE, STORAGE_DTYPES, storage_dtype
 from natgrad.schema.names import STATES
-from natgrad.sources.base import Source, StepContent
+from natgrad.sources.base import Recorded, Source, StepContent
 from natgrad.sources.completion import complete
 from natgrad.sources.listed import ListedLog
 from natgrad.sources.recovered import RecoveredGradients
@@ -86,6 +86,8 @@ def _read(log: Source, step: LoggedStep, content: StepContent) -> None:
     left = _READ_LIMIT
     size = sum(math.prod(tensor.shape) * storage_dtype(tensor.dtype).itemsize for *_, tensor in _tensors(content))
     with log.open(step) as reader:
+        if content.recorded and isinstance(reader, Recorded):
+            reader.products(tuple(content.arrays[STATES[0]]))
         if isinstance(reader, RecoveredGradients) and size <= left:
             reader.recovery()
         for array, name, tensor in _tensors(content):
@@ -99,7 +101,7 @@ def _read(log: Source, step: LoggedStep, content: StepContent) -> None:
 def _tensors(content: StepContent) -> Sequence[tuple[str, str, LoggedTensor]]:
     return [
         (array, name, tensor)
-        for array, tensors in content.arrays.items()
+        for array, tensors in content.readable.items()
         for name, tensor in tensors.items()
         if tensor.dtype in STORAGE_DTYPES
     ]

@@ -248,14 +248,18 @@ class Writer:
 
         while done < len(new):
             # The first commit completes the chunk that an earlier ingest left incomplete.
-            count = per_commit - self._trajectory.n_fixed % steps
-            part = slice(done, done + count)
-            self._commit(new[part], lacking[part], done + count >= len(new), partial(report, done))
-            done = min(done + count, len(new))
+            stop = min(done + per_commit - self._trajectory.n_fixed % steps, len(new))
+            is_provisional = stop == len(new) and bool(lacking[-1])
+            self._commit(new[done:stop], lacking[done:stop], is_provisional, partial(report, done))
+            done = stop
             report(done)
-        for name, (count, step) in self._copied.items():
+        self._summarize(len(new))
+
+    def _summarize(self, count: int) -> None:
+        """Add the warnings about all new states."""
+        for name, (copied, step) in self._copied.items():
             self._warnings.append(
-                f"{name} of {count} of {len(new)} new steps is copied, because it is not plain bytes of one dtype "
+                f"{name} of {copied} of {count} new steps is copied, because it is not plain bytes of one dtype "
                 f"in the files (first in {step.storage.name})"
             )
         if self._not_finite:
@@ -312,7 +316,7 @@ class Writer:
         self,
         new: Sequence[NewState],
         lacking: Sequence[Sequence[str]],
-        is_end: bool,
+        is_provisional: bool,
         report: Callable[[int], None],
     ) -> None:
         trajectory = self._trajectory
@@ -337,20 +341,27 @@ class Writer:
             self._set_rotated_metrics(state, index)
         trajectory.commit(
             [state.step.number for state in new],
-            {
-                **{name: [self._scalar(name, state) for state in new] for name in trajectory.scalars},
-                **{
-                    name: [self._table(name, state, i) for i, state in enumerate(new)] for name in trajectory.tables
-                },
-            },
+            self._numbers(new),
             [self._source(state) for state in new],
             checksums,
             [state.attempt for state in new],
             [state.step.run for state in new],
             lacking,
-            provisional=is_end and bool(lacking[-1]),
+            provisional=is_provisional,
             references=self._references,
         )
+        self._count(new, lacking)
+
+    def _numbers(self, new: Sequence[NewState]) -> dict[str, list[Any]]:
+        """Return the scalars and tables of new states."""
+        trajectory = self._trajectory
+        return {
+            **{name: [self._scalar(name, state) for state in new] for name in trajectory.scalars},
+            **{name: [self._table(name, state, i) for i, state in enumerate(new)] for name in trajectory.tables},
+        }
+
+    def _count(self, new: Sequence[NewState], lacking: Sequence[Sequence[str]]) -> None:
+        """Count committed states."""
         self.new_steps += sum(state.repeats is None and not state.again for state in new)
         self.completed_steps += sum(
             state.again and self._lacked[state.step.run, state.step.number] != tuple(lacks)

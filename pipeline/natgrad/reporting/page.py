@@ -51,6 +51,7 @@ STATUS_MEANING: dict[Status, str] = {
     "Log it in other units: multiply the parameters, or the loss and its gradients, by a constant.",
     Status.OVERFLOW: "The parameters and gradients are finite, but inner products overflow in float64. "
     "Log them in other units: divide the parameters, or the loss and its gradients, by a constant.",
+    Status.SKIPPED: "The optimizer skipped the update, because a gradient was not finite (mixed precision).",
     Status.NOT_LOGGED: "This run of the sweep did not log the step; another run did.",
 }
 """Explanation of each status."""

@@ -20,8 +20,8 @@ from natgrad.schema.names import (
     HESSIAN_NUMBERS,
     METRIC_EIGENVALUES,
     OPTIMIZER_NUMBERS,
-    REPLAYED,
     RUN,
+    SKIPPED,
     TENSOR_WEIGHT_DECAY,
     WEIGHT_DECAY,
     WITHOUT_STATE,
@@ -94,16 +94,19 @@ class UpdateTable:
         Coefficient lambda of decoupled weight decay, if it is requested or known and not 0; NaN where not known.
     evaluation : str
         What the loss and the gradient of a step are evaluated on; see `natgrad.schema.names.EVALUATIONS`.
+    origin : str
+        Origin of the gradients; see `natgrad.store.Trajectory.gradient_source`.
     recovery : Recovery, optional
         Figures of the gradients, if they were recovered from states of the optimizer.
-    replayed : bool
-        The gradients are those of an objective that was evaluated at the states of the log.
     gradient_logged : bool array, shape (updates, 2), optional
         False if the state before, or after, the update has no gradient. Default: all have one.
     with_time : bool array, shape (updates,), optional
         See `extended`. Default: determined by ``loss_time_derivative``.
     loss_precision : (float, float), optional
         See `natgrad.results.objective.loss_precision`. Default: determined by ``loss``.
+
+    skipped : bool array, shape (updates,), optional
+        True if the optimizer skipped the update, because a gradient was not finite. Default: none.
 
     Notes
     -----
@@ -130,11 +133,12 @@ class UpdateTable:
     tensor_learning_rate: Array | None = None
     weight_decay: Array | None = None
     evaluation: str = "unknown"
+    origin: str = "logged"
     recovery: Recovery | None = None
-    replayed: bool = False
     gradient_logged: NDArray[np.bool_] | None = None
     with_time: NDArray[np.bool_] | None = None
     loss_precision: tuple[float, float] | None = None
+    skipped: NDArray[np.bool_] | None = None
 
     def part(self, updates: slice, gram: Array | None = None) -> UpdateTable:
         """Return the table of some updates. What depends on the complete run must have been set.
@@ -163,12 +167,9 @@ class UpdateTable:
 
     @property
     def gradient_source(self) -> str:
-        """Origin of the gradients: ``logged``, ``recovered``, ``replayed``, or ``none`` if no state has one."""
-        if self.recovery is not None:
-            return "recovered"
-        if self.replayed:
-            return REPLAYED
-        return "logged" if self.gradient_logged is None or self.gradient_logged.any() else "none"
+        """Origin of the gradients, or ``none`` if no state has one."""
+        logged = self.recovery is not None or self.gradient_logged is None or self.gradient_logged.any()
+        return self.origin if logged else "none"
 
     @property
     def comparable_next_loss(self) -> Array:
@@ -254,7 +255,8 @@ def update_table(
         Coefficient of decoupled weight decay where none was logged, by patterns of the names of tensors. The last
         pattern that matches a tensor applies.
     evaluation : str
-        What the loss and the gradient of a step are evaluated on, as far as the user declared it.
+        What the loss and the gradient of a step are evaluated on, as far as the user declared it. Default: as the
+        log declares it.
     attempt : int, optional
         Select the run as it was at this attempt. Default: the newest attempt.
     with_gram : bool
@@ -280,7 +282,9 @@ def update_table(
             where="--attempt",
             remedy="omit --attempt to analyze the newest attempt",
         )
-    current = states.current(attempt)[: len(steps) + 1]
+    # The pass may lag behind the trajectory, and an interrupted writer of a run without states may be ahead of it.
+    count = min(len(steps), max(len(attempts) - 1, 0))
+    steps, spans, current = steps[:count], spans[:count], states.current(attempt)[: count + 1]
     updates = np.flatnonzero((spans > 0) & current[:-1] & current[1:])
     if not len(updates):
         raise InputError(
@@ -298,8 +302,8 @@ def update_table(
     logged = np.full(len(attempts), states.has_gradient)
     logged[[state for state, names in states.lacking().items() if "gradient" in names]] = False
     recovery = Recovery.of(states, updates)
-    replayed = (states.read_options or {}).get("gradient") == REPLAYED
-    of_logged = "unknown" if recovery is None else "batch"
+    # Each recovered gradient belongs to the mini-batch of its update.
+    declared = "batch" if recovery is not None else states.evaluation
     rates, of_tensors = _learning_rates(states, updates, learning_rate)
     return updates, UpdateTable(
         gram=ledger.read_updates(updates) if with_gram else np.empty((len(updates), 0, 0, 0)),
@@ -310,7 +314,7 @@ def update_table(
         loss=loss[updates],
         next_loss=loss[updates + 1],
         learning_rate=rates,
-        dtypes={"gradient": states.dtypes["parameter"], **states.dtypes},
+        dtypes={"gradient": states.array_dtypes["parameter"], **states.array_dtypes, **states.dtypes},
         attempts=attempts[updates],
         hessian_min_eigenvalue=states.scalar("hessian_min_eigenvalue")[updates],
         **{name: states.scalar(name)[updates] if name in states.scalars else None for name in HESSIAN_NUMBERS[1:]},
@@ -320,11 +324,11 @@ def update_table(
         optimizer=_optimizer(states, updates, rates) if set(states.tables) - set(WITHOUT_STATE) else None,
         tensor_learning_rate=of_tensors,
         weight_decay=_weight_decay(states, updates, steps[updates], ledger.layout, weight_decay),
-        # Each recovered gradient belongs to the mini-batch of its update. An objective that is replayed is fixed.
-        evaluation=evaluation if evaluation != "unknown" else "fixed" if replayed else of_logged,
+        evaluation=declared if evaluation == "unknown" else evaluation,
+        origin=states.gradient_source,
         recovery=recovery,
-        replayed=replayed,
         gradient_logged=np.stack([logged[updates], logged[updates + 1]], axis=1),
+        skipped=states.scalar(SKIPPED)[updates] == 1.0 if SKIPPED in states.scalars else None,
     )
 
 

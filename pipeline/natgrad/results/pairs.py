@@ -164,6 +164,8 @@ def _uncorrected(table: UpdateTable, estimate: GradientEstimate) -> tuple[Aggreg
     if table.gradient_logged is not None:
         own_logged, next_logged = np.split(table.gradient_logged, 2, axis=1)
     finite = is_finite("displacement") & (is_finite("gradient") | ~own_logged)
+    if table.skipped is not None:
+        finite &= ~table.skipped[:, None]
     known = np.broadcast_to(own_logged & logged, finite.shape)
     if half is not None and logged:
         # The norm of the other gradient is at most the sum of the norms of this one and of their difference.

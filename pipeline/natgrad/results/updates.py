@@ -123,7 +123,7 @@ class Updates:
         """Values of `natgrad.schema.variables.Status`."""
         # The smallest rate represents the window: it is NaN if any rate is, and not positive if any is not.
         rate = windows.consecutive(self.aggregation.rate, self.m).min(axis=-1)
-        return geometry.status(
+        found = geometry.status(
             self.pair,
             # The direction of the update of a window depends on the ratios of the rates.
             learning_rate=rate if self.m == 1 else np.where(self.rate_known, rate, np.nan),
@@ -131,6 +131,11 @@ class Updates:
             known=windows.consecutive(self.aggregation.known, self.m).all(axis=-1),
             update_floor=self.update_floor,
         )
+        if self.table.skipped is None:
+            return found
+        skipped = windows.consecutive(self.table.skipped, self.m).any(axis=-1)
+        skipped = skipped.reshape(-1, *[1] * (found.ndim - 1))
+        return np.where(skipped, np.int8(Status.SKIPPED), found)
 
     @cached_property
     def rate_known(self) -> NDArray[np.bool_]:

@@ -11,7 +11,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from natgrad.schema.names import HVP, REPLICATE_HVP, REPLICATE_STATES, STATES, ledger_vectors, replicate_vectors
+from natgrad.schema.names import (
+    HVP,
+    REPLICATE_HVP,
+    REPLICATE_STATES,
+    STATES,
+    ledger_vectors,
+    replicate_vectors,
+)
 
 __all__ = [
     "LAYOUT_VERSION",
@@ -210,7 +217,8 @@ class IngestLimits:
     minimum_steps : int
         Minimum capacity of a chunk of a small model, in steps, even if the run is shorter.
     chunk : (int, int), optional
-        Steps and elements of a chunk, instead of the shape that `chunk_shape` computes.
+        Steps and elements of a chunk, instead of the shape that `chunk_shape` computes. If the log has no states,
+        the steps are the updates of a ledger chunk.
     commit_bytes : int
         Approximate bytes of training state per commit. A commit has at least one row of chunks.
     largest_factor : int
@@ -252,6 +260,8 @@ class TrajectoryShape:
         Whether parts of a chunk can be read, which requires uncompressed local files.
     keeps_versions : bool
         Whether an Icechunk repository contains the trajectory.
+    recorded : tuple of str
+        Vectors of the inner products that were recorded instead of states; there are then no state arrays.
     """
 
     states: int
@@ -261,6 +271,7 @@ class TrajectoryShape:
     replicates: int
     partial_reads: bool
     keeps_versions: bool
+    recorded: tuple[str, ...] = ()
 
     @property
     def itemsizes(self) -> list[int]:
@@ -284,7 +295,7 @@ class TrajectoryShape:
     @property
     def vectors(self) -> tuple[str, ...]:
         """Vectors of the Gram matrix."""
-        return ledger_vectors(HVP in self.dtypes)
+        return self.recorded or ledger_vectors(HVP in self.dtypes)
 
     @property
     def replicate_vectors(self) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ __all__ = [
     "METRIC_EIGENVALUES",
     "OPTIMIZER_NUMBERS",
     "OPTIMIZER_STATES",
+    "PRODUCTS",
     "RECORDED_VECTORS",
     "RECOVERY",
     "REPLAYED",
@@ -31,6 +32,7 @@ __all__ = [
     "REPLICATE_VECTOR",
     "RUN",
     "SCALARS",
+    "SKIPPED",
     "STATES",
     "STEP",
     "TENSOR",
@@ -148,11 +150,17 @@ SCALARS = ("loss", "learning_rate", "loss_time_derivative", *HESSIAN_NUMBERS, WE
 USUAL_SCALARS = SCALARS[:2]
 """Scalars that every trajectory has. The others exist only if they were logged."""
 
+SKIPPED = "skipped"
+"""Number of a step that a log of ledgers contains: 1 if the optimizer skipped the update from it, otherwise 0."""
+
 VECTORS = ("parameter", "displacement", "gradient", "gradient_change", "residual", HVP)
 """Vectors of the Gram ledger. ``hvp`` exists only if it was logged."""
 
 RECORDED_VECTORS = ("parameter", "displacement", "gradient", "residual")
 """Vectors of the ledger of single updates, which a training loop computes without the gradient after the update."""
+
+PRODUCTS = "products"
+"""Inner products of the vectors of an update, which a log of ledgers contains instead of states."""
 
 REPLICATE_PARAMETER, REPLICATE_HVP = "replicate_parameter", "replicate_hvp"
 

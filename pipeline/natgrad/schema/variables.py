@@ -68,9 +68,10 @@ class Status(enum.IntEnum):
     """Reasons why a metric does or does not exist: the CF flag values of the variable ``status``.
 
     If several apply, the first in this order is used: not_logged (this run of a sweep did not log the step),
-    non_finite, no_learning_rate (it is not positive; or it is not known, and the direction of g depends on it),
-    overflow, zero_gradient, zero_update, unverifiable because a loss, a gradient or a Hessian-vector product is
-    missing, underflow, unverifiable because of rounding, and then the sign of the alignment.
+    skipped (by the optimizer, because a gradient was not finite), non_finite, no_learning_rate (it is not positive;
+    or it is not known, and the direction of g depends on it), overflow, zero_gradient, zero_update, unverifiable
+    because a loss, a gradient or a Hessian-vector product is missing, underflow, unverifiable because of rounding,
+    and then the sign of the alignment.
     """
 
     EFFECTIVE = 0
@@ -84,6 +85,7 @@ class Status(enum.IntEnum):
     NOT_LOGGED = 8
     UNDERFLOW = 9
     OVERFLOW = 10
+    SKIPPED = 11
 
 
 class ShiftedMetric(enum.IntEnum):

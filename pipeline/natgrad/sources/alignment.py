@@ -36,7 +36,7 @@ def misalignment(log: Source, steps: Sequence[LoggedStep], content: StepContent)
     content : StepContent
         Complete content of the first step.
     """
-    if STATES[1] not in content.arrays:
+    if STATES[1] not in content.readable:
         return ""
     steps = steps[:STATES_COMPARED]
     if len(steps) < STATES_COMPARED or any(

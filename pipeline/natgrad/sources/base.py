@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 from numpy.typing import NDArray
 
 from natgrad.schema.errors import InputError
@@ -22,6 +23,7 @@ __all__ = [
     "Difference",
     "Keyed",
     "Ranged",
+    "Recorded",
     "Source",
     "StepContent",
     "StepReader",
@@ -97,6 +99,11 @@ class StepContent:
     absent : mapping
         Quantities whose key the user specified, but which the step does not have, to the error for this. Only the
         last step of a run may lack them.
+    recorded : bool
+        The step has the inner products of the update from it (`Recorded`). The elements of its arrays cannot be
+        read.
+    evaluation : str
+        Data that loss and gradient are evaluated on, one of `natgrad.schema.names.EVALUATIONS`.
     """
 
     arrays: Mapping[str, Mapping[str, LoggedTensor]]
@@ -112,6 +119,13 @@ class StepContent:
     alignment: str = ""
     aliases: Mapping[str, str] = field(default_factory=dict)
     absent: Mapping[str, InputError] = field(default_factory=dict)
+    recorded: bool = False
+    evaluation: str = "unknown"
+
+    @property
+    def readable(self) -> Mapping[str, Mapping[str, LoggedTensor]]:
+        """Arrays whose elements can be read."""
+        return {} if self.recorded else self.arrays
 
     @property
     def replicates(self) -> int:
@@ -166,6 +180,33 @@ class Ranged(Protocol):
 
     def placement(self, arrays: Collection[str]) -> Placement | None:
         """Return where the ranges of some arrays begin, to compare steps; None if steps cannot be compared."""
+        ...
+
+
+@runtime_checkable
+class Recorded(Protocol):
+    """A step that has the inner products of the update from it, instead of the elements of its tensors."""
+
+    def products(self, tensors: Sequence[str]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return the ledger of the update from this step; NaN if there is none.
+
+        Parameters
+        ----------
+        tensors : sequence of str
+            Names from `StepReader.content`, in the order of the result.
+
+        Returns
+        -------
+        gram : float64 array, shape (tensors, vectors, vectors)
+            Inner products of `natgrad.schema.names.RECORDED_VECTORS`.
+        ratio : float64 array, shape (tensors,)
+            Ratio c of the residual, gradient - c displacement.
+
+        Raises
+        ------
+        InputError
+            If the log is damaged.
+        """
         ...
 
 

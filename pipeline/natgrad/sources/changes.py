@@ -32,7 +32,7 @@ def identity(step: LoggedStep, *, fresh: bool = False) -> dict[str, Any]:
 
     Equal identities mean equal contents, so the files need not be read again. The converse does not hold: a file
     that was moved, copied or touched has another identity and the same content. For a folder, the identity covers
-    all of its files.
+    all of its files. A step whose log has a checksum of its content is identified by it.
 
     Parameters
     ----------
@@ -45,12 +45,15 @@ def identity(step: LoggedStep, *, fresh: bool = False) -> dict[str, Any]:
     ListingChanged
         If a file no longer exists.
     """
+    if step.content:
+        found: dict[str, Any] = {"folder": _folder(step.storage), "name": step.storage.name, "size": 0, "time": 0}
+        return found | {"content": step.content} | ({"values": step.values} if step.values else {})
     try:
         files = files_of(step)
         stats = [file.stat(fresh=fresh) for file in files]
     except OSError as error:
         raise vanished(f"cannot find the files of this step any more: {error.strerror}", step) from error
-    found: dict[str, Any] = {
+    found = {
         "folder": _folder(step.storage),
         "name": step.storage.name,
         "size": sum(stat.size for stat in stats),

@@ -59,6 +59,14 @@ def complete(
         assigned to tensors.
     """
     arrays = {array: dict(logged) for array, logged in content.arrays.items()}
+    if content.recorded and {*arrays} - {*STATES[:2]}:
+        other = next(name for name in arrays if name not in STATES[:2])
+        raise InputError(
+            f"{other} cannot be added to a log of ledgers",
+            where=where(step, other, next(iter(arrays[other]), "")),
+            why="inner products with it can be computed only from states",
+            remedy="pass the log of ledgers alone, or with logs of scalars",
+        )
     may_lack = is_last and tensors is not None
     notes = list(content.notes)
     for quantity, error in content.absent.items():

@@ -39,6 +39,7 @@ from natgrad.sources.checkpoints.torch_archive import TorchFile
 from natgrad.sources.checkpoints.zarr_group import ZarrGroup, holds_zarr
 from natgrad.sources.checkpoints.zip_members import first_member
 from natgrad.sources.container import Container, first_bytes
+from natgrad.sources.ledger_log import LedgerLog, holds_ledgers
 from natgrad.sources.names import CHECKPOINT, NATIVE, Names
 from natgrad.sources.scalars.event_file import event_files, read_run_events
 from natgrad.sources.scalars.mlflow_store import DATABASE_COLUMNS, metric_files, read_database, read_metric_file
@@ -96,6 +97,8 @@ class Format:
         Kinds of steps in a folder of this format.
     files : tuple of str
         Endings of files that may contain all steps.
+    has_states : bool
+        False for logs of the inner products of updates, which have no states.
     """
 
     name: str
@@ -110,6 +113,7 @@ class Format:
     scalars: ScalarKind | None = None
     kinds: tuple[Kind, ...] = ()
     files: tuple[str, ...] = ()
+    has_states: bool = True
 
 
 def _contains(*kinds: Kind) -> Callable[[Path], bool]:
@@ -315,6 +319,17 @@ _BUILT_IN: dict[str, Format] = {
             _NATIVE,
             "nothing",
             **_folder(*NATIVE_KINDS.values(), parts=(_OPTIMIZER,)),
+        ),
+        Format(
+            "ledgers",
+            'folder of ledger_<k>.log of natgrad.watch(mode="ledger")',
+            "the inner products of each update, loss, learning_rate, and whether the optimizer skipped the update; "
+            "the run then has a ledger, and no trajectory",
+            "states: tensors of parameters and gradients; the gradient after the update",
+            holds_ledgers,
+            LedgerLog,
+            "step N has the update from the state after N updates, with its loss and learning rate",
+            has_states=False,
         ),
         Format(
             "huggingface",

@@ -7,12 +7,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from natgrad.schema.errors import InputError
 from natgrad.schema.logs import logger
-from natgrad.schema.names import REPLICATE_LOSS, REPLICATE_STATES, STATES
-from natgrad.sources.base import Difference, Ranged, Source, StepContent, StepReader, Unshaped
+from natgrad.schema.names import REPLICATE_LOSS, REPLICATE_STATES, SKIPPED, STATES
+from natgrad.sources.base import Difference, Ranged, Recorded, Source, StepContent, StepReader, Unshaped
 from natgrad.sources.byte_ranges import ByteRange, Placement
 from natgrad.sources.names import STATE_QUANTITIES
 from natgrad.sources.optimizers.state import OptimizerState
@@ -169,9 +170,10 @@ class JoinedSource:
 def _parts(source: Source, shift: Mapping[str, int]) -> list[_Part]:
     """Split a source into parts, one for each shift. The part without shift comes first."""
     shift = {} if isinstance(source, ScalarLog) else shift
+    quantities = (*STATE_QUANTITIES, SKIPPED)
     return [
-        _Part(source, by, frozenset(n for n in STATE_QUANTITIES if shift.get(n, 0) == by), frozenset(shift))
-        for by in sorted({shift.get(name, 0) for name in STATE_QUANTITIES}, key=lambda by: (by != 0, by))
+        _Part(source, by, frozenset(n for n in quantities if shift.get(n, 0) == by), frozenset(shift))
+        for by in sorted({shift.get(name, 0) for name in quantities}, key=lambda by: (by != 0, by))
     ]
 
 
@@ -183,6 +185,7 @@ def _joined(number: int, parts: Sequence[tuple[_Part, LoggedStep]]) -> LoggedSte
         files[0].storage,
         tuple(entry for own in files[1:] for entry in (own.storage, *own.others)) + files[0].others,
         values=" ".join(own.values for _, own in parts if own.values),
+        content=" ".join(own.content for own in files) if all(own.content for own in files) else "",
         origin=files[0].origin,
         step_span=max(own.step_span for _, own in parts),
     )
@@ -266,6 +269,8 @@ class _JoinedStep:
             next((content.alignment for content in contents if content.alignment), ""),
             {alias: name for content in contents for alias, name in content.aliases.items()},
             {name: error for content in contents for name, error in content.absent.items()},
+            any(content.recorded for content in contents),
+            next((content.evaluation for content in contents if content.evaluation != "unknown"), "unknown"),
         )
 
     def _with_rates(
@@ -344,6 +349,12 @@ class _JoinedStep:
             tuple(file for part in parts for file in part.files),
             tuple(start for part in parts for start in part.starts),
         )
+
+    def products(self, tensors: Sequence[str]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return the ledger of the update from this step; see `natgrad.sources.base.Recorded`."""
+        owner = self._owner(STATES[0])
+        assert isinstance(owner, Recorded)
+        return owner.products(tensors)
 
     def _owner(self, array: str) -> StepReader:
         if self._owners is None:

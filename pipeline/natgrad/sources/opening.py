@@ -15,7 +15,6 @@ from natgrad.sources.checkpoints.step_folder import NATIVE_KINDS, StepFolder
 from natgrad.sources.container import not_regular
 from natgrad.sources.formats import FORMATS, find_format, one_file_format, unnumbered_format
 from natgrad.sources.joined import JoinedSource
-from natgrad.sources.ledger_log import LedgerLog, holds_ledgers
 from natgrad.sources.names import CHECKPOINT, SCALAR_LOG_QUANTITIES, checked_shift
 from natgrad.sources.recovered import Recovered
 from natgrad.sources.replayed import Replayed, Replays
@@ -284,8 +283,6 @@ def _open(
             require_regular(path)
         except NotRegularError as error:
             raise not_regular(error, "the log", str(path)) from error
-    if holds_ledgers(path):
-        raise LedgerLog(path).no_states()
     path = path if pattern or "step" in mapping else _single_log(path)
     naming = _naming(path, mapping, pattern)
     found = format or find_format(path, naming) or unnumbered_format(path)

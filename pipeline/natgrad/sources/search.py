@@ -119,7 +119,7 @@ def logs_below(folder: Path, stop: Callable[[], bool] = lambda: False) -> Iterat
         logger = name if scalars and name is not None else above
         if name is not None and not (scalars and name == above):
             yield FoundLog(path, name, scalars)
-        if (path / "zarr.json").exists() or (path / ".zgroup").exists() or (path / "trajectory.zarr").exists():
+        if any((path / name).exists() for name in ("zarr.json", ".zgroup", "trajectory.zarr", "steps.zarr")):
             continue
         folders, files = _entries(path)
         if name is None and _numbered(folders, files):

@@ -37,6 +37,9 @@ class LoggedStep:
         Run in a sweep.
     values : str
         Scalars of the step, if they come from a log of many steps, whose size and time do not identify one step.
+    content : str
+        Checksum of the content of the step, if its file contains many steps and a checksum of each. It identifies
+        the step instead of the size and the time of the file, which grows.
     origin : str
         Where the number was taken from, for messages. It does not distinguish steps.
     step_span : int
@@ -49,6 +52,7 @@ class LoggedStep:
     others: tuple[Storage, ...] = ()
     run: str = ""
     values: str = ""
+    content: str = ""
     origin: str = field(default="", compare=False)
     step_span: int = field(default=0, compare=False)
 

@@ -9,10 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from natgrad.schema.names import REPLICATE_STATES, STATES
-from natgrad.sources.base import Ranged, Source, StepContent, StepReader
+from natgrad.sources.base import Ranged, Recorded, Source, StepContent, StepReader
 from natgrad.sources.byte_ranges import ByteRange, Placement
 from natgrad.sources.names import SINGLE_ARRAY
 from natgrad.sources.steps import LoggedStep, LoggedTensor
@@ -152,6 +153,11 @@ class _MatchedStep:
         """Return where the ranges of some arrays begin; see `natgrad.sources.base.Ranged`."""
         found = None if self._ranged is None else self._ranged.placement(arrays)
         return None if found is None else found.of((found.table, self._names))
+
+    def products(self, tensors: Sequence[str]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return the ledger of the update from this step; see `natgrad.sources.base.Recorded`."""
+        assert isinstance(self._reader, Recorded)
+        return self._reader.products([self._logged_name(STATES[0], tensor) for tensor in tensors])
 
     def _logged_name(self, array: str, tensor: str) -> str:
         return self._names.get(array, {}).get(tensor, tensor)

@@ -33,7 +33,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 REPOSITORY = "stores.icechunk"
 """Name of the Icechunk repository in OUT. It is a separate prefix, so locks and pages are stored next to it."""
 
-_STORES = ("trajectory.zarr", "ledger.zarr", "results.zarr")
+_STORES = ("trajectory.zarr", "steps.zarr", "ledger.zarr", "results.zarr")
 
 _HEADER_BYTES = 64 << 10
 _BLOCK_BYTES = 4 << 20

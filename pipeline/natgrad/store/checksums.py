@@ -24,7 +24,7 @@ from natgrad.store.journal import Journal
 if TYPE_CHECKING:
     from natgrad.store.states import States
 
-__all__ = ["KnownChecksums", "Reads", "RecordedChecksums", "add_to_checksums", "checksum"]
+__all__ = ["KnownChecksums", "Reads", "RecordedChecksums", "add_to_checksums", "checksum", "digest_of"]
 
 
 def checksum(words: NDArray[Any]) -> int:
@@ -82,6 +82,20 @@ class KnownChecksums(NamedTuple):
     known: dict[str, NDArray[np.bool_]]
 
 
+def digest_of(checksums: NDArray[np.uint32], starts: NDArray[np.bool_]) -> str:
+    """Return the digest of a ledger chunk of a run without states, as `RecordedChecksums.digests` does.
+
+    Parameters
+    ----------
+    checksums : uint32 array, shape (updates,)
+        Checksum of the inner products of each update.
+    starts : bool array, shape (updates + 1,)
+        True for steps to which no update leads from the previous step.
+    """
+    words = np.column_stack([np.append(checksums, 0), starts]).astype("<u4")
+    return hashlib.sha256(np.ascontiguousarray(words).data).hexdigest()
+
+
 class RecordedChecksums:
     """The recorded checksums of the states of a trajectory.
 
@@ -121,7 +135,7 @@ class RecordedChecksums:
         """Return the checksums of the states of a commit."""
         start, stop, states = record["start"], record["stop"], self._states
         found = KnownChecksums(start, {}, {})
-        for name in states.dtypes:
+        for name in states.checked:
             values = record["checksums"].get(name)
             found.values[name] = np.zeros((stop - start, states.columns), np.uint32) if values is None else values
             found.known[name] = ~states.are_first_read_by_a_pass(name, start, stop)
@@ -158,8 +172,8 @@ class RecordedChecksums:
                 parts.append(part)
             kept = self._kept = KnownChecksums(
                 parts[0].start,
-                {each: np.concatenate([part.values[each] for part in parts]) for each in self._states.dtypes},
-                {each: np.concatenate([part.known[each] for part in parts]) for each in self._states.dtypes},
+                {each: np.concatenate([part.values[each] for part in parts]) for each in self._states.checked},
+                {each: np.concatenate([part.known[each] for part in parts]) for each in self._states.checked},
             )
         rows = slice(start - kept.start, stop - kept.start)
         return kept.values[name][rows], kept.known[name][rows]

@@ -47,6 +47,7 @@ def materialize(storage: Storage, progress: Callable[[int, int], None] | None = 
     """
     with storage.lock("trajectory") as storage:
         trajectory = Trajectory(storage)
+        trajectory.require_states()
         trajectory.recover()
         steps, states, size = trajectory.chunk[0], set[int](), 0
         chunks: dict[str, list[int]] = {}
@@ -97,6 +98,7 @@ def slim(storage: Storage, ledger: Storage) -> Moved:
     """
     with storage.lock("trajectory") as storage:
         trajectory = Trajectory(storage)
+        trajectory.require_states()
         trajectory.recover()
         _require_ledger(trajectory, ledger)
         steps, runs = trajectory.chunk[0], trajectory.scalar(RUN)

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ANALYZE_AGAIN",
     "INGEST_AGAIN",
+    "RECORD_AGAIN",
     "SCALAR_CHUNK",
     "ArrayPlan",
     "OtherVersion",
@@ -67,6 +68,9 @@ INGEST_AGAIN = "restore the file, or ingest the run again with --overwrite"
 
 ANALYZE_AGAIN = "run natgrad analyze OUT: it computes damaged ledger chunks again from the states"
 """Remedy for damaged data of a ledger."""
+
+RECORD_AGAIN = "restore the file, or process the log again with --overwrite: there are no states to compute it from"
+"""Remedy for damaged data of the ledger of a run without states."""
 
 _ATTRIBUTE = "natgrad"
 _DOCUMENT = "zarr.json"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from natgrad.schema.summary import summary_html
 from natgrad.storage import Storage
 from natgrad.store.group import (
     ANALYZE_AGAIN,
+    RECORD_AGAIN,
     SCALAR_CHUNK,
     ArrayPlan,
     StoredArray,
@@ -71,6 +72,8 @@ class Ledger:
         Records of the finished ledger chunks.
     n_updates : int
         Number of updates of the ledger when all chunks are finished.
+    recorded : bool
+        The inner products were recorded instead of states, so that they cannot be computed again.
     """
 
     def __init__(self, storage: Storage) -> None:
@@ -89,12 +92,14 @@ class Ledger:
         self.storage = storage
         attributes = open_group(storage, "ledger", "compute it first: natgrad analyze OUT")
         self.layout = Layout.from_json(attributes["layout"])
+        self.recorded: bool = attributes.get("recorded", False)
+        self._remedy = RECORD_AGAIN if self.recorded else ANALYZE_AGAIN
         self.vectors: tuple[str, ...] = tuple(attributes["vectors"])
         self.replicate_vectors: tuple[str, ...] = tuple(attributes.get("replicate_vectors", ()))
         self.updates_per_chunk: int = attributes["updates_per_chunk"]
         documents = read_documents(storage, "ledger", (*self.names, *self.by_step), attributes["arrays"])
         self._arrays = {name: StoredArray.of(documents[name]) for name in self.by_step}
-        self.journal = Journal(storage / "commits", ANALYZE_AGAIN)
+        self.journal = Journal(storage / "commits", self._remedy)
         self._numbers = self.journal.read(_NUMBERS)
         self.n_updates: int = self._numbers["updates"]
 
@@ -206,7 +211,8 @@ class Ledger:
         ledger = cls.find(storage, warn=True)
         if ledger is not None:
             found = (ledger.layout, ledger.vectors, ledger.updates_per_chunk, ledger.replicate_vectors)
-            if found == (layout, tuple(vectors), updates_per_chunk, tuple(replicate_vectors)):
+            same = found == (layout, tuple(vectors), updates_per_chunk, tuple(replicate_vectors))
+            if same and not ledger.recorded:
                 # Methods of this class, which readers of a ledger must not call.
                 ledger._resize(steps, spans)
                 ledger._discard_damaged()
@@ -322,6 +328,9 @@ class Ledger:
             record = self.journal.read(f"{chunk.start:012d}")
             earlier = self._recorded(record)
             arrays = {name: np.concatenate([earlier[name], values]) for name, values in arrays.items()}
+        self._write(chunk, arrays, digest)
+
+    def _write(self, chunk: LedgerChunk, arrays: Mapping[str, NDArray[np.float64]], digest: str) -> None:
         if any(len(values) != chunk.stop - chunk.start for values in arrays.values()):
             raise ValueError(f"the arrays do not have one entry for each of updates {chunk.start} to {chunk.stop}")
         covered = {name: _updates_per_checksum(values) for name, values in arrays.items()}
@@ -335,6 +344,65 @@ class Ledger:
             contents["/".join((name, "c", *map(str, index)))] = self._content(values)
         self.storage.put_entries(contents)
         self.journal.write(f"{chunk.start:012d}", record)
+
+    @classmethod
+    def create(
+        cls,
+        storage: Storage,
+        layout: Layout,
+        vectors: Sequence[str],
+        updates_per_chunk: int,
+    ) -> Ledger:
+        """Create the empty ledger of a run without states, to which `append` adds updates; replace another one."""
+        none = np.empty(0, np.int64)
+        attributes = {
+            "layout": layout.to_json(),
+            "vectors": list(vectors),
+            "updates_per_chunk": updates_per_chunk,
+            "recorded": True,
+        }
+        cls._create(storage, attributes, layout, vectors, none, none, updates_per_chunk, ())
+        return cls(storage)
+
+    def append(
+        self,
+        start: int,
+        steps: NDArray[np.int64],
+        spans: NDArray[np.int64],
+        gram: NDArray[np.float64],
+        ratio: NDArray[np.float64],
+        digest: Callable[[LedgerChunk], str],
+    ) -> None:
+        """Write the updates of a run without states from ``start`` on. They replace later ones, not earlier ones.
+
+        Readers find either the earlier updates or all of them, and so does a writer after one that was killed.
+
+        Parameters
+        ----------
+        start : int
+        steps, spans : int64 array, shape (updates,)
+            See `prepare`. Those before ``start`` are the same as before.
+        gram : float64 array, shape (updates - start, tensors, vectors, vectors)
+        ratio : float64 array, shape (updates - start, tensors)
+        digest : callable
+            Takes a ledger chunk and returns the digest of the steps from which it was recorded.
+        """
+        stop, size = len(steps), self.updates_per_chunk
+        for low in range(start // size * size, stop, size):
+            chunk = LedgerChunk(low, min(low + size, stop))
+            new = slice(max(low - start, 0), chunk.stop - start)
+            arrays = {"gram": gram[new], "residual_ratio": ratio[new]}
+            if low < start:
+                record = self._record(low, start)
+                arrays = {
+                    name: np.concatenate([self._verified(record, name)[: start - low], values])
+                    for name, values in arrays.items()
+                }
+            self._write(chunk, arrays, digest(chunk))
+        for name in self.journal.names():  # a writer that was killed may have written more
+            if int(name) >= stop:
+                self.journal.remove(name)
+        self._resize(steps, spans)
 
     def _content(self, values: NDArray[np.float64]) -> memoryview:
         missing = self.updates_per_chunk - len(values)
@@ -403,7 +471,7 @@ class Ledger:
         if changed:
             (start, _), (_, stop) = changed[0], changed[-1]
             chunk = self.chunk_entry(name, record["start"])
-            raise damage_error(chunk, "checksum mismatch", ANALYZE_AGAIN, f"{name}, updates {start} to {stop - 1}")
+            raise damage_error(chunk, "checksum mismatch", self._remedy, f"{name}, updates {start} to {stop - 1}")
         return values
 
     def compare(self, record: Mapping[str, Any], name: str) -> tuple[NDArray[np.float64], list[tuple[int, int]]]:
@@ -430,7 +498,7 @@ class Ledger:
         start, stop, size = record["start"], record["stop"], record["checksum_rows"][name]
         shape = (self.updates_per_chunk, *self._arrays[name].shape[1:])
         chunks = read_complete_chunks(
-            self.storage / name, [self._index(name, start)], shape, np.dtype(np.float64), ANALYZE_AGAIN
+            self.storage / name, [self._index(name, start)], shape, np.dtype(np.float64), self._remedy
         )
         values = chunks[0][: stop - start]
         recorded = record["checksums"][name][:, 0].tolist()
@@ -519,12 +587,13 @@ class Ledger:
         InputError
             If the chunk is not recorded, or is damaged.
         """
-        return self._verified(self._record(start, stop), name)
+        return self._verified(self._record(start, stop), name)[: stop - start]
 
     def _record(self, start: int, stop: int) -> dict[str, Any]:
         number = f"{start:012d}"
         record = self.journal.read(number) if self.journal.has(number) else {}
-        if (record.get("start"), record.get("stop")) != (start, stop):
+        # The writer of a run without states extends a ledger chunk before the numbers of its updates.
+        if record.get("start") != start or record.get("stop", 0) < stop:
             raise InputError(
                 f"the ledger is incomplete: updates {start} to {stop} are missing",
                 where=str(self.storage),
@@ -559,6 +628,15 @@ class Ledger:
             gram[positions] = values[wanted - low]
         return gram
 
+    def read_ratios(self, updates: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Read and verify the ratios of the residuals of some updates, shape (updates, tensors)."""
+        found = np.empty((len(updates), len(self.layout.tensors)))
+        for position, update in enumerate(updates.tolist()):
+            start = update // self.updates_per_chunk * self.updates_per_chunk
+            low, values = self._read_part("residual_ratio", start, update - start, update - start + 1)
+            found[position] = values[update - start - low]
+        return found
+
     def gram_checksums(self, updates: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return for each of some updates the recorded checksum, and the position in it, of its Gram matrices.
 
@@ -579,8 +657,8 @@ class Ledger:
 
     def _read_part(self, name: str, start: int, low: int, high: int) -> tuple[int, NDArray[np.float64]]:
         """Return the updates ``low`` to ``high`` of a ledger chunk, and those that share their checksums."""
-        stop = min(start + self.updates_per_chunk, self.n_updates)
-        record = self._record(start, stop)
+        record = self._record(start, min(start + self.updates_per_chunk, self.n_updates))
+        stop = record["stop"]
         covered, shape = record["checksum_rows"][name], self._arrays[name].shape[1:]
         low, high = low // covered * covered, min(math.ceil(high / covered) * covered, stop - start)
         row = 8 * math.prod(shape)
@@ -607,10 +685,10 @@ class Ledger:
     def _read_numbers(self, name: str) -> NDArray[np.int64]:
         array = self._arrays[name]
         indices = [(index,) for index in range(-(-self.n_updates // array.chunks[0]))]
-        chunks = read_complete_chunks(self.storage / name, indices, array.chunks, array.dtype, ANALYZE_AGAIN)
+        chunks = read_complete_chunks(self.storage / name, indices, array.chunks, array.dtype, self._remedy)
         values = np.concatenate([np.empty(0, np.int64), *chunks])[: self.n_updates]
         if _checksum(values) != self._numbers[name]:
-            raise damage_error(chunk_entry(self.storage / name, 0), "checksum mismatch", ANALYZE_AGAIN, name)
+            raise damage_error(chunk_entry(self.storage / name, 0), "checksum mismatch", self._remedy, name)
         return values
 
 

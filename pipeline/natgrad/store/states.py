@@ -30,7 +30,16 @@ from numpy.typing import ArrayLike, NDArray
 from natgrad.kernel.located import Located, joined
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import MEBIBYTE, Layout, missing_word, storage_dtype
-from natgrad.schema.names import ELEMENT, REPLICATE, REPLICATE_STATES, STATES, STEP, of_replicate, replicate_of
+from natgrad.schema.names import (
+    ELEMENT,
+    PRODUCTS,
+    REPLICATE,
+    REPLICATE_STATES,
+    STATES,
+    STEP,
+    of_replicate,
+    replicate_of,
+)
 from natgrad.storage import Storage
 from natgrad.storage.local import ChunkFile
 from natgrad.store.checksums import RecordedChecksums, add_to_checksums, checksum
@@ -130,6 +139,9 @@ class States:
         Arrays whose chunks are compressed.
     in_place : bool
         States are read from the files of the log (`natgrad.store.references`) unless they are copied.
+    recorded : tuple of str
+        Vectors of the inner products that were recorded instead of states; see `natgrad.store.recorded`. No states
+        are stored, and none can be read.
 
     Attributes
     ----------
@@ -145,7 +157,9 @@ class States:
         Number R of replicates, 0 if there are none.
     dtypes : dict
         Logical dtype of each array (step, element). Each replicate counts as one, such as
-        ``replicate_parameter/3``.
+        ``replicate_parameter/3``. Empty if no states are stored.
+    checked : tuple of str
+        Names under which checksums of each state are recorded: `dtypes`, or `PRODUCTS` if no states are stored.
     journal : Journal
         The commit records.
     n_states : int
@@ -165,14 +179,17 @@ class States:
         replicates: int,
         compressed: Iterable[str],
         in_place: bool = False,
+        recorded: tuple[str, ...] = (),
     ) -> None:
-        self.storage, self.in_place = storage, in_place
+        self.storage, self.in_place, self.recorded = storage, in_place, recorded
         self.layout, self.chunk, self.array_dtypes, self.replicates = layout, chunk, dtypes, replicates
         self.dtypes = {
             name: dtype
             for array, dtype in dtypes.items()
             for name in (self.replicates_of(array) if array in REPLICATE_STATES else (array,))
+            if not recorded
         }
+        self.checked = (PRODUCTS,) if recorded else tuple(self.dtypes)
         self._chunk_bytes = {
             name: math.prod(chunk) * storage_dtype(dtype).itemsize for name, dtype in self.dtypes.items()
         }
@@ -310,7 +327,9 @@ class States:
 
     @property
     def logged(self) -> tuple[str, ...]:
-        """Names of the logged arrays (step, element), without those of the optimizer state."""
+        """Names under which checksums of what a pass reads are recorded: arrays without those of the optimizer."""
+        if self.recorded:
+            return self.checked
         replicates = [name for array in REPLICATE_STATES for name in self.replicates_of(array)]
         return tuple(name for name in (*STATES, *replicates) if name in self.dtypes)
 
@@ -638,8 +657,20 @@ class States:
             last = int(damaged[damaged // self.chunk[0] == index][-1])
             raise self._damaged(name, index, column, "checksum mismatch", (int(damaged[0]), last + 1))
 
+    def require_states(self) -> None:
+        """Raise an error if the run has no states."""
+        if self.recorded:
+            raise InputError(
+                "the run has no states, only the inner products of its updates",
+                where=str(self.storage),
+                why="they were recorded or computed outside of natgrad process, for example by natgrad.watch with "
+                'mode="ledger"; the results do not need states',
+                remedy='to have the states of a run, record them: natgrad.watch with mode="full"',
+            )
+
     def require_available(self, start: int, stop: int) -> None:
-        """Raise an error if a state was dropped from the trajectory; see `natgrad.store.copies.slim`."""
+        """Raise an error if a state was dropped from the trajectory, or if there are none; see `slim`."""
+        self.require_states()
         dropped = [state for state in range(start, stop) if state in self.dropped]
         if dropped:
             raise InputError(

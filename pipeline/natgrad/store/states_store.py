@@ -38,6 +38,7 @@ class StatesStore(ReadOnlyStore):
     @classmethod
     def of(cls, trajectory: Trajectory) -> StatesStore | StorePath:
         """Return the store of a trajectory, or a path in it if `Storage.zarr_store` returns a path."""
+        trajectory.require_states()
         found = trajectory.storage.zarr_store()
         if isinstance(found, StorePath):
             return StorePath(cls(found.store, trajectory, found.path), found.path)

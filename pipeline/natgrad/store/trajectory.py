@@ -10,6 +10,8 @@ A trajectory is one Zarr group::
       run                         (step)            only for a sweep: index into the names of its runs
       commits/00000000.json ...   the existing states, and the checksums of their data
 
+A run without states (`natgrad.store.recorded`) has the same group as ``steps.zarr``, without the first three lines.
+
 States are stored in the order of their commits and are only appended. A run that was restarted from an older step
 continues as a new *attempt*: its states follow those that they supersede, which are kept. Two consecutive states
 are the states before and after an update if they belong to the same run and the same attempt.
@@ -38,6 +40,8 @@ from natgrad.schema.logs import logger
 from natgrad.schema.names import (
     ATTEMPT,
     OPTIMIZER_NUMBERS,
+    RECOVERY,
+    REPLAYED,
     REPLICATE,
     REPLICATE_LOSS,
     RUN,
@@ -68,12 +72,30 @@ from natgrad.store.journal import sources_of
 from natgrad.store.references import StateReference, encode
 from natgrad.store.states import States, state_arrays
 
-__all__ = ["Trajectory"]
+__all__ = ["Trajectory", "spans_between"]
 
 _log = logger(__name__)
 
 _TABLE_CHUNK = 1 << 16
 """Approximate number of values in a chunk of an array (step, tensor)."""
+
+
+def spans_between(numbers: Sequence[NDArray[np.int64]], step_span: int) -> NDArray[np.int64]:
+    """Return the number of updates from each state to the next, shape (states - 1,); see `Trajectory.spans`.
+
+    Parameters
+    ----------
+    numbers : sequence of int64 array, shape (states,)
+        Steps, attempts and runs.
+    step_span : int
+        See `Trajectory.step_span`.
+    """
+    steps, attempts, runs = numbers
+    spans = np.diff(steps)
+    spans[(np.diff(attempts) != 0) | (np.diff(runs) != 0)] = 0
+    if step_span:
+        spans[spans != step_span] = 0
+    return spans
 
 
 class Trajectory(States):
@@ -91,6 +113,9 @@ class Trajectory(States):
         True if the trajectory contains several runs.
     tables : tuple of str
         Names of the stored numbers per step and tensor, from `natgrad.schema.names.OPTIMIZER_NUMBERS`.
+    evaluation : str
+        Data that loss and gradient are evaluated on, one of `natgrad.schema.names.EVALUATIONS`, as far as the log
+        declares it.
     read_options : dict or None
         Options for reading the log, see `natgrad.ingestion.read_options`; None if `create` received none.
 
@@ -126,7 +151,13 @@ class Trajectory(States):
         self._visible: dict[str, NDArray[Any]] = {}
         dtypes: dict[str, str] = attributes["dtypes"]
         # The shapes are read before the records, because a writer extends them after its record.
-        documents = read_documents(storage, "trajectory", (*dtypes, *self.numbers), attributes["arrays"])
+        recorded = tuple(attributes.get("recorded", ()))
+        # An objective that is replayed is fixed.
+        is_replayed = (self.read_options or {}).get("gradient") == REPLAYED
+        self.evaluation: str = attributes.get("evaluation", "fixed" if is_replayed else "unknown")
+        self._gradient_source: str = attributes.get("gradient_source", REPLAYED if is_replayed else "logged")
+        stored = () if recorded else tuple(dtypes)
+        documents = read_documents(storage, "trajectory", (*stored, *self.numbers), attributes["arrays"])
         self._number_arrays = {name: StoredArray.of(documents[name]) for name in self.numbers}
         super().__init__(
             storage,
@@ -134,8 +165,9 @@ class Trajectory(States):
             tuple(attributes["chunk"]),
             dtypes,
             attributes.get("replicates", 0),
-            (name for name in dtypes if not is_plain(documents[name])),
+            (name for name in stored if not is_plain(documents[name])),
             attributes.get("in_place", False),
+            recorded,
         )
         self._require_records({name: document["shape"][0] for name, document in documents.items()})
 
@@ -178,6 +210,9 @@ class Trajectory(States):
         replicates: int = 0,
         read_options: Mapping[str, Any] | None = None,
         in_place: bool = False,
+        recorded: Sequence[str] = (),
+        gradient_source: str = "logged",
+        evaluation: str = "unknown",
     ) -> Trajectory:
         """Create an empty trajectory, replacing an existing one.
 
@@ -206,6 +241,13 @@ class Trajectory(States):
             Options for reading the log.
         in_place : bool
             States are read from the files of the log; see `natgrad.store.references`.
+        recorded : sequence of str
+            Vectors of the inner products that were recorded instead of states; see `natgrad.store.recorded`. The
+            dtypes are then those of the states in the training loop.
+        gradient_source : str
+            Origin of the gradients, for provenance.
+        evaluation : str
+            See the attribute.
 
         Raises
         ------
@@ -225,9 +267,15 @@ class Trajectory(States):
             attributes["replicates"] = replicates
         if in_place:
             attributes["in_place"] = True
+        if recorded:
+            attributes["recorded"] = list(recorded)
+        if gradient_source != "logged":
+            attributes["gradient_source"] = gradient_source
+        if evaluation != "unknown":
+            attributes["evaluation"] = evaluation
         if read_options is not None:
             attributes["read_options"] = dict(read_options)
-        arrays = state_arrays(layout, dtypes, chunk, replicates, compressors or {})
+        arrays = state_arrays(layout, {} if recorded else dtypes, chunk, replicates, compressors or {})
         numbered = (STEP, ATTEMPT, RUN) if sweep else (STEP, ATTEMPT)
         for name in (*numbered, *scalars):
             several = name == REPLICATE_LOSS
@@ -263,12 +311,19 @@ class Trajectory(States):
     @property
     def arrays(self) -> tuple[str, ...]:
         """Names of all Zarr arrays."""
-        return (*self.array_dtypes, *self.numbers)
+        return (*(() if self.recorded else self.array_dtypes), *self.numbers)
 
     @property
     def has_gradient(self) -> bool:
         """False if no state of the run has a gradient. The products of the gradient in the ledger are then NaN."""
-        return STATES[1] in self.dtypes
+        return STATES[1] in self.array_dtypes
+
+    @property
+    def gradient_source(self) -> str:
+        """Origin of the gradients: ``logged``, ``recorded``, ``recovered``, ``replayed`` or ``none``."""
+        if not self.has_gradient:
+            return "none"
+        return "recovered" if {*RECOVERY} <= {*self.tables} else self._gradient_source
 
     @property
     def replicate_vectors(self) -> tuple[str, ...]:
@@ -282,10 +337,11 @@ class Trajectory(States):
             states=self.n_states,
             layout=self.layout,
             chunk=self.chunk,
-            dtypes=self.array_dtypes,
+            dtypes={} if self.recorded else self.array_dtypes,
             replicates=self.replicates,
-            partial_reads=all(map(self.allows_partial_reads, self.logged)),
+            partial_reads=all(map(self.allows_partial_reads, self.dtypes and self.logged)),
             keeps_versions=self.storage.keeps_versions,
+            recorded=self.recorded,
         )
 
     def describe(self) -> dict[str, Any]:
@@ -305,6 +361,8 @@ class Trajectory(States):
             **({"last_step_lacks": list(self.provisional)} if self.provisional else {}),
             **({"in_place": True, "states_gone": self.missing_states()} if self.in_place else {}),
             **({"states_removed": len(self.dropped)} if self.dropped else {}),
+            **({"states": "none"} if self.recorded else {}),
+            **({"gradient_source": self.gradient_source} if self.gradient_source != "logged" else {}),
             **{name: value for name, value in (self.read_options or {}).items() if value and name != "several"},
             "tensors": {tensor.name: list(tensor.shape) for tensor in self.layout.tensors},
         }
@@ -463,12 +521,7 @@ class Trajectory(States):
         The number is 0 if the next state belongs to another run or attempt, or if the states are not connected.
         """
         if self._spans is None or len(self._spans) != max(self.n_states - 1, 0):
-            self._spans = np.diff(self.scalar(STEP))
-            for name in (ATTEMPT, RUN):
-                if name in self.numbers:
-                    self._spans[np.diff(self.scalar(name)) != 0] = 0
-            if self.step_span:
-                self._spans[self._spans != self.step_span] = 0
+            self._spans = spans_between([*map(self.scalar, (STEP, ATTEMPT, RUN))], self.step_span)
             self._breaks = np.flatnonzero(self._spans == 0) + 1
         return self._spans
 

@@ -69,8 +69,8 @@ def objective_of(
     stop : callable
         The comparison ends when it returns True.
     """
-    if "gradient" not in content.arrays:
-        return "unknown: the log has no gradients"
+    if "gradient" not in content.readable:
+        return f"unknown: the log has no {'states' if content.recorded else 'gradients'}"
     if "loss" not in content.scalars:
         return "unknown: the log has no loss"
     first = [step for step in steps[:_STATES] if step.run == steps[0].run]

@@ -9,7 +9,7 @@ const COLOURS = ["#0a84c9", "#d55e00", "#0e9f6e", "#b8579b", "#c98a00", "#6f6fd8
 const STATUS_COLOURS = {
   effective: "#7fb8a4", orthogonal: "#e0c36a", obtuse: "#c8374a", zero_update: "#9a9a9a", zero_gradient: "#bdbdbd",
   non_finite: "#5b2a86", no_learning_rate: "#7a8fb8", unverifiable: "#b58863", not_logged: "#e4e4e4",
-  underflow: "#8c6bb1", overflow: "#3f2b56",
+  underflow: "#8c6bb1", overflow: "#3f2b56", skipped: "#d9a5b3",
 }
 const VARIABLES = {
   angle: {label: "angle ψ (rad)", log: false, compared: true},

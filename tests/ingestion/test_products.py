@@ -1,0 +1,218 @@
+"""Test that a log of ledgers becomes a run without states, with each update exactly once."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import natgrad
+from natgrad.ingestion import ingest
+from natgrad.recording.ledger_writer import LedgerWriter
+from natgrad.schema.errors import InputError
+from natgrad.schema.layout import IngestLimits
+from natgrad.schema.ledger_log import LedgerHeader, RecordedTensor, packed
+from natgrad.schema.names import RECORDED_VECTORS
+from natgrad.storage import open_storage
+from natgrad.store import Trajectory
+from natgrad.store.recorded import require_ledger
+
+HEADER = LedgerHeader(
+    (RecordedTensor("b", (), "float32", "float32", 0), RecordedTensor("a", (2, 3), "float32", "float32", 0)), 1
+)
+
+
+def record(step, *, seed=0, skipped=False):
+    """Return the record of an update; its numbers depend on the step and the seed."""
+    random = np.random.default_rng([step, seed])
+    vectors = random.standard_normal((len(HEADER.tensors), len(RECORDED_VECTORS), 8))
+    found = np.zeros((), HEADER.record)
+    found["step"], found["span"], found["flags"] = step, 1, int(skipped)
+    found["loss"], found["rates"], found["ratio"] = random.random(), [0.1], random.standard_normal(2)
+    found["gram"] = packed(vectors @ vectors.swapaxes(1, 2))
+    if skipped:
+        found["gram"] = np.nan
+    return found
+
+
+def write(folder, steps, **options):
+    """Write a new file of a log, and return its writer."""
+    folder.mkdir(exist_ok=True, parents=True)
+    writer = LedgerWriter(folder, HEADER)
+    for step in steps:
+        writer.append(record(step, **options))
+    return writer
+
+
+def stored(out):
+    """Return the updates that are stored, by attempt and step: their products and losses."""
+    run = Trajectory(open_storage(out / "steps.zarr"))
+    ledger = require_ledger(run)
+    gram, ratio = ledger.read()
+    steps, spans = ledger.steps()
+    loss, attempts = run.scalar("loss"), run.scalar("attempt")
+    return {
+        (int(attempts[index]), int(steps[index])): (gram[index], ratio[index], loss[index])
+        for index in range(run.n_states - 1)
+        if spans[index]
+    }
+
+
+def require_stored(out, expected):
+    """Require the updates of records by attempt and step, with the tensors in the order of their names."""
+    found = stored(out)
+    assert [*found] == [*expected]
+    for key, (gram, ratio, loss) in found.items():
+        np.testing.assert_array_equal(packed(gram), expected[key]["gram"][::-1])
+        np.testing.assert_array_equal(ratio, expected[key]["ratio"][::-1])
+        assert loss == expected[key]["loss"]
+
+
+def test_a_log_becomes_a_ledger_without_a_trajectory(tmp_path):
+    write(tmp_path / "log", range(6)).close()
+    found = natgrad.process(tmp_path / "log", tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir() if path.name[0] != "."} == {
+        *("steps.zarr", "ledger.zarr", "results.zarr", "report.html")
+    }
+    assert (found.new_steps, found.updates, found.gradient_source) == (7, 6, "recorded")
+    assert found.last_step_lacks == ["gradient", "loss", "learning_rate", "skipped"]
+    require_stored(tmp_path / "out", {(0, step): record(step) for step in range(6)})
+    tree = natgrad.open_results(tmp_path / "out")
+    assert tree.attrs["gradient_source"] == "recorded"
+    assert tree["model"]["step"].values.tolist() == [*range(6)]
+    assert natgrad.verify(tmp_path / "out").damages == ()
+
+
+@settings(max_examples=12)
+@given(
+    parts=st.lists(st.integers(0, 4), min_size=1, max_size=5),
+    commit=st.integers(1, 4),
+    chunk=st.integers(1, 5),
+)
+def test_a_log_that_grows_is_stored_once_whatever_is_committed_together(tmp_path_factory, parts, commit, chunk):
+    folder = tmp_path_factory.mktemp("run")
+    parts[0] += 1
+    limits = IngestLimits(commit_bytes=commit * 8 * 2 * 17, chunk=(chunk, 1))
+    writer, step, new = write(folder / "log", ()), 0, 0
+    for count in parts:
+        for _ in range(count):
+            writer.append(record(step))
+            step += 1
+        found = ingest([open_storage(folder / "log")], open_storage(folder / "trajectory.zarr"), limits=limits)
+        new += found.new_steps
+        require_stored(folder, {(0, one): record(one) for one in range(step)})
+    writer.close()
+    assert new == step + 1
+
+
+def test_a_restarted_run_begins_an_attempt_where_its_updates_differ(tmp_path):
+    log, out = tmp_path / "log", tmp_path / "out"
+    write(log, range(6)).close()
+    natgrad.ingest(log, out)
+    # Updates that are repeated bit for bit continue the run.
+    writer = write(log, [2])
+    assert natgrad.ingest(log, out).new_steps == 0
+    writer.append(record(3, seed=1))
+    found = natgrad.ingest(log, out)
+    assert (found.attempts, found.steps, found.last_step) == (2, 5, 4)
+    assert any("restarted before step 3" in warning for warning in found.warnings)
+    for step in range(4, 8):
+        writer.append(record(step, seed=1))
+    writer.close()
+    assert natgrad.ingest(log, out).attempts == 2
+    first = {(0, step): record(step) for step in range(6)}
+    require_stored(out, first | {(1, step): record(step, seed=1) for step in range(3, 8)})
+    natgrad.analyze(out)
+    expected = [*range(2), *range(3, 8)]  # no update leads from one attempt to the next
+    assert natgrad.open_results(out)["model"]["step"].values.tolist() == expected
+    natgrad.analyze(out, attempt=0)
+    assert natgrad.open_results(out)["model"]["step"].values.tolist() == [*range(6)]
+
+
+def test_a_gap_divides_the_updates(tmp_path):
+    write(tmp_path / "log", [0, 1, 5, 6, 7]).close()
+    natgrad.process(tmp_path / "log", tmp_path / "out", windows=[1, 2])
+    require_stored(tmp_path / "out", {(0, step): record(step) for step in (0, 1, 5, 6, 7)})
+    angle = natgrad.open_results(tmp_path / "out")["model"]["angle"].sel(descent="gradient", window=2)
+    assert np.isfinite(angle).values.tolist() == [True, False, True, True, False]
+
+
+def test_a_skipped_update_has_a_status(tmp_path):
+    writer = write(tmp_path / "log", [0])
+    writer.append(record(1, skipped=True))
+    writer.append(record(2))
+    writer.close()
+    found = natgrad.process(tmp_path / "log", tmp_path / "out", windows=[1, 2])
+    assert found.status["skipped"] == 1
+    assert any("the optimizer skipped 1 updates" in warning for warning in found.warnings)
+    for group in ("model", "tensor"):
+        status = natgrad.open_results(tmp_path / "out")[group]["status"]
+        names = np.array(status.attrs["flag_meanings"].split())
+        skipped = names[status.sel(descent="gradient").values] == "skipped"
+        for index, expected in enumerate([[False, True, False], [True, True, False]]):
+            of_updates = skipped[..., index].reshape(3, -1)
+            assert (of_updates == np.array(expected)[:, None]).all()
+
+
+def test_runs_of_a_sweep_are_stored_as_they_grow(tmp_path):
+    logs, out = tmp_path / "logs", tmp_path / "out"
+    writers = {name: write(logs / name, range(count)) for name, count in {"one": 3, "two": 2}.items()}
+    natgrad.process(logs, out, sweep=True)
+    for name, steps in {"one": range(3, 5), "two": range(2, 6)}.items():
+        for step in steps:
+            writers[name].append(record(step))
+        writers[name].close()
+    found = natgrad.process(logs, out, sweep=True)
+    tree = natgrad.open_results(out)
+    assert tree["model"]["run"].values.tolist() == ["one", "two"]
+    loss = tree["model"]["loss"].sel(run="one").values[:5]
+    np.testing.assert_array_equal(loss, [record(step)["loss"] for step in range(5)])
+    assert (found.updates, found.gradient_source) == (11, "recorded")
+
+
+@pytest.mark.parametrize("first", ["states", "ledgers"])
+def test_states_and_ledgers_do_not_continue_each_other_but_replace(tmp_path, first):
+    write(tmp_path / "ledgers", range(3)).close()
+    recorder = natgrad.Recorder(tmp_path / "states")
+    for step in range(4):
+        values = {"a": np.full((2, 3), 1.0 / (step + 1)), "b": np.array(float(step))}
+        recorder.record(step, parameter=values, gradient=values, loss=1.0, learning_rate=0.1)
+    second = "ledgers" if first == "states" else "states"
+    out = tmp_path / "out"
+    natgrad.process(tmp_path / first, out)
+    with pytest.raises(InputError, match="inner products of updates"):
+        natgrad.process(tmp_path / second, out)
+    found = natgrad.process(tmp_path / second, out, overwrite=True)
+    assert found.gradient_source == ("recorded" if second == "ledgers" else "logged")
+    assert (out / "trajectory.zarr").exists() == (second == "states")
+    assert (out / "steps.zarr").exists() == (second == "ledgers")
+    assert natgrad.verify(out).damages == ()
+
+
+def test_functions_that_need_states_say_so(tmp_path):
+    write(tmp_path / "log", range(3)).close()
+    with pytest.raises(InputError, match="no states to read in place"):
+        natgrad.process(tmp_path / "log", tmp_path / "out", in_place=True)
+    natgrad.process(tmp_path / "log", tmp_path / "out")
+    for function in (natgrad.materialize, natgrad.slim, natgrad.open_states):
+        with pytest.raises(InputError, match="the run has no states"):
+            function(tmp_path / "out")
+    trajectory = natgrad.open_trajectory(tmp_path / "out")
+    assert trajectory.describe()["states"] == "none"
+
+
+def test_a_damaged_ledger_is_not_replaced(tmp_path):
+    write(tmp_path / "log", range(3)).close()
+    out = tmp_path / "out"
+    natgrad.process(tmp_path / "log", out)
+    (chunk,) = [path for path in (out / "ledger.zarr" / "gram" / "c").rglob("*") if path.is_file()]
+    content = bytearray(chunk.read_bytes())
+    content[100] ^= 1
+    chunk.write_bytes(content)
+    with pytest.raises(InputError, match="checksum mismatch") as refusal:
+        natgrad.analyze(out, windows=[1, 2])
+    assert "process the log again with --overwrite" in refusal.value.remedy
+    assert chunk.read_bytes() == content
+    (damage,) = natgrad.verify(out).damages
+    assert damage.array == "gram"
+    natgrad.process(tmp_path / "log", out, overwrite=True)
+    require_stored(out, {(0, step): record(step) for step in range(3)})
