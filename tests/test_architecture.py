@@ -415,6 +415,7 @@ NO_PACKAGES = {"cluster", "docs", "packaging", "typing"}
 
 ACROSS_MODULES = {
     "app/test_layout_versions.py",  # every command refuses stores of another layout
+    "flows/test_recorded_runs.py",  # logs of ledgers, from the training loop to labelled results
     "ingestion/test_last_state.py",  # a state without a gradient, from the log to labelled results
     "ingestion/test_without_gradients.py",  # a run without gradients, from the log to labelled results
     "ingestion/test_recovered_gradients.py",  # recovered gradients, from the log to labelled results

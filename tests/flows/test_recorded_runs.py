@@ -138,7 +138,7 @@ def require_same_results(one, other, elements):
         assert (found["status"] == expected["status"]).where(~skipped, True).all()
         for name in [name for name in found.variables if found[name].dtype.kind in "fi" and name in exact]:
             np.testing.assert_array_equal(found[name], expected[name], name)
-        # Both ledgers agree to four roundoff bounds of their norms, and the angle adds a few roundings of its own.
+        # Both ledgers agree to four roundoff bounds of their norms, and angles add a few roundings.
         bound = 16 * roundoff_bound(elements)
         for name in ("angle", "update_to_weight", "gradient_norm"):
             np.testing.assert_allclose(found[name], expected[name], bound, bound, err_msg=f"{group} {name}")
