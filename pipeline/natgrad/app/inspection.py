@@ -103,6 +103,7 @@ def inspect_source(
     pattern: str | None = None,
     exact_names: bool = False,
     sweep: bool = False,
+    evaluation: str = "unknown",
     memory_limit: int | None = None,
 ) -> Inspection:
     """Describe files or folders, find the command that processes them, and estimate its cost. Nothing is written.
@@ -114,6 +115,8 @@ def inspect_source(
     ----------
     sources, format, mapping, shift, pattern, exact_names, sweep
         As for `natgrad.ingestion.ingest`.
+    evaluation : str
+        Data on which the loss and the gradient of a step are evaluated, as the user declares.
     memory_limit : int, optional
         Bytes that a worker process may use.
 
@@ -125,10 +128,12 @@ def inspect_source(
     paths = open_all(sources)
     options = {"format": format, "map": mapping or {}, "shift": shift or {}, "pattern": pattern or ""}
     with collected_warnings(*LOG_READERS):  # those of the command are among the notes
-        return _inspected(paths, {**options, "exact_names": exact_names, "sweep": sweep}, memory_limit)
+        return _inspected(paths, {**options, "exact_names": exact_names, "sweep": sweep}, evaluation, memory_limit)
 
 
-def _inspected(paths: Sequence[Storage], options: Mapping[str, Any], memory_limit: int | None) -> Inspection:
+def _inspected(
+    paths: Sequence[Storage], options: Mapping[str, Any], evaluation: str, memory_limit: int | None
+) -> Inspection:
     found = diagnose(paths, options)
     contents = [contents_of(path) for path in paths]
     error = None if found.error is None or found.command else no_log(paths[0], contents[0], found.error)
@@ -156,8 +161,7 @@ def _inspected(paths: Sequence[Storage], options: Mapping[str, Any], memory_limi
     ]
     if found.chosen is not None:
         steps = found.chosen.rehearsal.steps
-        with found.chosen.proposal.opened() as log:
-            log.steps()
+        with found.chosen.rehearsal.log as log:
             values |= _description(log, steps, sweep=options["sweep"])
             completed = found.chosen.rehearsal.content
             notes += [*values["notes"], *completed.notes, *found.chosen.rehearsal.warnings]
@@ -165,11 +169,12 @@ def _inspected(paths: Sequence[Storage], options: Mapping[str, Any], memory_limi
                 notes += [note] if (note := misalignment(log, steps, completed)) else []
             values |= _plan(log, steps, completed, memory_limit)
             values["gradient_from"] = _gradient_from(found, values)
-            values["objective"] = objective_of(log, steps, completed, Deadline(_OBJECTIVE_SECONDS))
+            objective = objective_of(log, steps, completed, Deadline(_OBJECTIVE_SECONDS))
+            values["objective"] = (evaluation != "unknown") * f"declared {evaluation}; " + objective
     elif found.parts:
         part = found.parts[0].part
-        log = open_log(open_storage(part.location), part.format, part.map, part.shift, pattern=part.pattern)
-        values |= _description(log, log.steps(), sweep=False)
+        source = open_log(open_storage(part.location), part.format, part.map, part.shift, pattern=part.pattern)
+        values |= _description(source, source.steps(), sweep=False)
         notes += values["notes"]
     return Inspection(**{**values, "notes": list(dict.fromkeys(notes))})
 

@@ -587,6 +587,17 @@ _YEAR = 366 * 86_400.0
 
 _ADDRESS = re.compile(r"(?:[a-z]+://)?(?:\[[^]/]+\]|[^:/]+):\d+(?:/.*)?")
 
+_Evaluation = Annotated[
+    str,
+    Option(
+        "Data on which the loss and the gradient of a step are evaluated: batch (the mini-batch of the step), "
+        "fixed (the same data at every step) or unknown. Losses of different batches are not compared.",
+        "unknown",
+        metavar="KIND",
+        choices=_evaluations,
+    ),
+]
+
 _MemoryLimit = Annotated[
     int | str,
     Option(
@@ -813,16 +824,7 @@ class AnalyzeOptions(WorkerOptions, total=False):
             check=_decay_by_pattern,
         ),
     ]
-    evaluation: Annotated[
-        str,
-        Option(
-            "Data on which the loss and the gradient of a step are evaluated: batch (the mini-batch of the step), "
-            "fixed (the same data at every step) or unknown. Losses of different batches are not compared.",
-            "unknown",
-            metavar="KIND",
-            choices=_evaluations,
-        ),
-    ]
+    evaluation: _Evaluation
     gammas: Annotated[
         Sequence[float] | None,
         Option(
@@ -925,6 +927,7 @@ class ReplayOptions(RunLogOptions, AnalyzeOptions, OverwriteOptions, total=False
 class InspectOptions(LogOptions, total=False):
     """Options of `natgrad.inspect`."""
 
+    evaluation: _Evaluation
     memory_limit: _MemoryLimit
 
 

@@ -203,8 +203,8 @@ class Inspection(Summary):
     provides : mapping of str to str
         For each log that was found in the source, its quantities and their steps.
     objective : str, optional
-        Whether losses and gradients belong to one objective: ``consistent``, ``not consistent`` or ``unknown``,
-        with the reason.
+        Whether losses and gradients belong to one objective: what was declared with ``--evaluation``, and
+        ``consistent``, ``not consistent`` or ``unknown``, with the reason.
     gradient_from : mapping of str to str, optional
         For a log without gradients: how to obtain them, and what that takes, the cheapest approach first.
     steps, first_step, last_step : int, optional

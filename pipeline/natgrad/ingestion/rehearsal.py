@@ -16,7 +16,7 @@ from natgrad.schema.layout import MEBIBYTE, STORAGE_DTYPES, storage_dtype
 from natgrad.schema.names import STATES
 from natgrad.sources.base import Recorded, Source, StepContent
 from natgrad.sources.completion import complete
-from natgrad.sources.listed import ListedLog
+from natgrad.sources.listed import ListedLog, OpenedOnce
 from natgrad.sources.recovered import RecoveredGradients
 from natgrad.sources.steps import LoggedStep, LoggedTensor
 
@@ -38,11 +38,14 @@ class Rehearsal:
         Content of the first state that has a next one, as it would be stored, with the notes about it.
     warnings : tuple of str
         Warnings about steps that would not be stored.
+    log : OpenedOnce
+        The log.
     """
 
     steps: tuple[LoggedStep, ...]
     content: StepContent
     warnings: tuple[str, ...]
+    log: OpenedOnce
 
 
 def rehearse(log: Source, *, allow_gaps: bool = False) -> Rehearsal:
@@ -60,7 +63,7 @@ def rehearse(log: Source, *, allow_gaps: bool = False) -> Rehearsal:
         If these states cannot be ingested into a new OUT, or if no two of them follow each other.
     """
     warnings: list[str] = []
-    with ListedLog(log) as listed:
+    with OpenedOnce(log) as examined, ListedLog(examined) as listed:
         steps = finished_steps(listed, listed.steps(), None, warnings)
         states, *_ = states_to_write(listed, steps, None, allow_gaps, None, warnings)
         steps = [state.step for state in states]
@@ -78,7 +81,7 @@ def rehearse(log: Source, *, allow_gaps: bool = False) -> Rehearsal:
         with listed.open(pair[0]) as reader:
             gradients = STATES[1] in contents[pair[0]].arrays
             content = complete(pair[0], reader.content(), gradients=gradients)
-    return Rehearsal(tuple(steps), content, tuple(warnings))
+    return Rehearsal(tuple(steps), content, tuple(warnings), examined)
 
 
 def _read(log: Source, step: LoggedStep, content: StepContent) -> None:

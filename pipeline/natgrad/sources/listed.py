@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from natgrad.schema.errors import InputError
 from natgrad.sources.base import Source, StepReader
@@ -16,7 +16,10 @@ from natgrad.sources.changes import changed_lately, files_of, identity
 from natgrad.sources.checkpoints.stacked_file import KeptOpen
 from natgrad.sources.steps import ListingChanged, LoggedStep, vanished
 
-__all__ = ["ListedLog"]
+__all__ = ["ListedLog", "OpenedOnce"]
+
+_STEPS_EXAMINED = 10
+"""Number of steps that stay open while a log is examined."""
 
 _STEPS_HELD, _FILES_HELD = 32, 64
 """Number of steps and of files that are held open. A process may have 256 open files on macOS, 1024 on Linux."""
@@ -172,6 +175,48 @@ class ListedLog(KeptOpen):
             if step not in self._held:
                 raise
             return self._held[step].is_unchanged()
+
+
+class OpenedOnce:
+    """A log that is listed once, to examine it. In its context, the steps that are opened first stay open.
+
+    Parameters
+    ----------
+    log : Source
+    """
+
+    def __init__(self, log: Source) -> None:
+        self.location, self._log = log.location, log
+        self._steps: Sequence[LoggedStep] | None = None
+        self._open: dict[LoggedStep, StepReader] = {}
+        self._files, self._stack = 0, ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._open.clear()
+        self._files = 0
+        self._stack.close()
+
+    def steps(self) -> Sequence[LoggedStep]:
+        """Return the steps as they were listed at first; see `Source.steps`."""
+        if self._steps is None:
+            self._steps = self._log.steps()
+        return self._steps
+
+    @contextmanager
+    def open(self, step: LoggedStep) -> Iterator[StepReader]:
+        """Open a step, unless it is open; see `Source.open`."""
+        if step not in self._open:
+            files = len(files_of(step)) if len(self._open) < _STEPS_EXAMINED else _FILES_HELD + 1
+            if self._files + files > _FILES_HELD:
+                with self._log.open(step) as reader:
+                    yield reader
+                return
+            self._open[step] = self._stack.enter_context(self._log.open(step))
+            self._files += files
+        yield self._open[step]
 
 
 def _state(descriptor: int) -> tuple[int, int]:

@@ -361,10 +361,8 @@ def with_recovered_gradients(tried: Tried, attempts: Attempts) -> Tried | None:
         return None
     changed = replace(tried.proposal, recover=True)
     try:
-        with tried.proposal.opened() as log:
-            log.steps()
-            with log.open(tried.rehearsal.steps[1]) as reader:
-                state = reader.content().optimizer
+        with tried.rehearsal.log as log, log.open(tried.rehearsal.steps[1]) as reader:
+            state = reader.content().optimizer
         if state is None or not (state.rules or state.problem):
             return None
         return replace(tried, proposal=changed, rehearsal=changed.try_out())
@@ -374,7 +372,11 @@ def with_recovered_gradients(tried: Tried, attempts: Attempts) -> Tried | None:
 
 
 def best_proposals(
-    parts: Sequence[ReadPart], folder: Path | None, attempts: Attempts, stop: Callable[[], bool]
+    parts: Sequence[ReadPart],
+    folder: Path | None,
+    attempts: Attempts,
+    stop: Callable[[], bool],
+    beside: Sequence[ReadPart] = (),
 ) -> list[Tried]:
     """Return an accepted proposal for each log with parameters, joined with what it lacks, the best one first.
 
@@ -385,13 +387,15 @@ def best_proposals(
         Folder in which run files are proposed.
     attempts : Attempts
     stop : callable
+    beside : sequence of ReadPart
+        Logs that are only joined to others.
     """
     found: list[Tried] = []
     for part in parts:
         if "parameter" not in part.quantities:
             continue
         accepted = []
-        for joined in _joins(part, parts):
+        for joined in _joins(part, [*parts, *beside]):
             if stop() and found:
                 break
             proposal = Proposal(tuple(one.part for one in joined), folder=folder)

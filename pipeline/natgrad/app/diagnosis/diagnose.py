@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,9 @@ from natgrad.app.diagnosis.proposals import Part, Proposal, scan_command
 from natgrad.schema.errors import InputError
 from natgrad.sources.formats import find_format
 from natgrad.sources.opening import format_of, holds_run
-from natgrad.sources.search import FoundLog, logs_below, nearest_format
+from natgrad.sources.search import FoundLog, logs_below, nearest_format, skeleton
 from natgrad.sources.steps import NotYet
-from natgrad.storage import Storage
+from natgrad.storage import LocalStorage, Storage
 
 __all__ = ["Diagnosis", "diagnose", "no_log"]
 
@@ -32,6 +33,7 @@ _SECONDS = 6.0
 
 _READINGS = 2
 _COMMANDS = 6
+_ENTRIES_BESIDE = 64
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,12 @@ def diagnose(paths: Sequence[Storage], options: Mapping[str, Any]) -> Diagnosis:
     elif asked is None or asked.lacking:
         for path in paths:
             read += _read_below(path, attempts, stop)
-        accepted += best_proposals(read, _run_file_folder(paths), attempts, stop)
+        folder = _run_file_folder(paths)
+        accepted += best_proposals(read, folder, attempts, stop)
+        if read and len(paths) == 1 and not (accepted and min(tried.rank for tried in accepted)[1] == 0):
+            beside = _read_beside(paths[0], attempts, stop)
+            accepted += best_proposals(read, folder, attempts, stop, beside) if beside else []
+            read += [part for tried in accepted for part in tried.parts if part in beside and part not in read]
     recovering = (with_recovered_gradients(tried, attempts) for tried in accepted[:_READINGS])
     accepted += [tried for tried in recovering if tried is not None]
     accepted.sort(key=lambda tried: tried.rank)  # stable: the sources as they are come first
@@ -160,6 +167,24 @@ def _read_below(path: Storage, attempts: Attempts, stop: Deadline) -> list[ReadP
         if log.format != "run file" and not (read and stop()):
             read += readings(log, attempts, stop)[:_READINGS]
     return [part for part in read if "/" not in part.part.pattern or not _holds_runs(part, read)]
+
+
+def _read_beside(path: Storage, attempts: Attempts, stop: Deadline) -> list[ReadPart]:
+    """Read the logs next to a folder, which may contain what it lacks. Folders of the same form are other runs."""
+    local = path.local_path
+    if local is None or not local.is_dir():
+        return []
+    folder = local.absolute()
+    form = skeleton(folder.name)
+    try:
+        entries = sorted(islice(folder.parent.iterdir(), _ENTRIES_BESIDE))
+    except OSError:
+        return []
+    read: list[ReadPart] = []
+    for entry in entries:
+        if entry != folder and skeleton(entry.name) != form and not stop():
+            read += _read_below(LocalStorage(entry), Attempts(), stop)
+    return read
 
 
 def _holds_runs(part: ReadPart, read: Sequence[ReadPart]) -> bool:
