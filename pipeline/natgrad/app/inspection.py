@@ -156,6 +156,7 @@ def _inspected(
         if part.pattern or part.map
     ]
     used = found.chosen.proposal.parts if found.chosen is not None else ()
+    notes += [f"{part.location} is not in {paths[0]}: check that it is of the same run" for part in found.nearby]
     notes += [
         f"{part.part.location}: {note}" for part in found.parts if part.part not in used for note in part.notes[:4]
     ]

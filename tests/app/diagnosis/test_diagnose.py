@@ -359,6 +359,38 @@ def test_a_log_is_joined_with_the_nearest_run_only(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("there", ["grads", "logs/grads"])
+def test_what_a_folder_lacks_is_searched_next_to_it(tmp_path, monkeypatch, there):
+    write_log(tmp_path / "run" / "ckpt", part(STATES, "parameter"))
+    write_log(tmp_path / "run" / there, part(STATES, "gradient"))
+    write_csv(tmp_path / "run" / "metrics.csv", scalar_rows(STATES))
+    (tmp_path / "run" / "train.py").write_text("print()\n")
+    found = natgrad.inspect(tmp_path / "run" / "ckpt")
+    locations = [str(tmp_path / "run" / name) for name in ("ckpt", there, "metrics.csv")]
+    assert shlex.split(found.command) == ["natgrad", "process", *locations, "OUT"]
+    assert [note for note in found.notes if "same run" in note] == [
+        f"{location} is not in {locations[0]}: check that it is of the same run" for location in locations[1:]
+    ]
+    assert follow(found, tmp_path / "here", monkeypatch)["steps"] == len(STATES)
+
+
+def test_other_runs_next_to_a_folder_are_not_joined(tmp_path):
+    write_log(tmp_path / "runs" / "one", part(STATES, "parameter"))
+    write_log(tmp_path / "runs" / "other", part(STATES, "parameter"))
+    write_csv(tmp_path / "runs" / "other" / "metrics.csv", scalar_rows(STATES))
+    write_log(tmp_path / "runs" / "third", part(STATES, "gradient"))
+    found = natgrad.inspect(tmp_path / "runs" / "one")
+    assert shlex.split(found.command) == ["natgrad", "process", str(tmp_path / "runs" / "one"), "OUT"]
+    assert not any("same run" in note for note in found.notes)
+
+
+def test_the_declaration_is_shown_with_what_the_losses_show(tmp_path):
+    write_log(tmp_path, STATES)
+    plain = natgrad.inspect(tmp_path).objective
+    assert not plain.startswith("declared")
+    assert natgrad.inspect(tmp_path, evaluation="batch").objective == f"declared batch; {plain}"
+
+
 def test_one_checkpoint_for_each_seed_is_not_a_run(tmp_path):
     for seed, state in enumerate(STATES):
         write_arrays(tmp_path / f"seed-{seed}" / "model.npz", state)

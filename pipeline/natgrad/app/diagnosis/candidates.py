@@ -376,7 +376,7 @@ def best_proposals(
     folder: Path | None,
     attempts: Attempts,
     stop: Callable[[], bool],
-    beside: Sequence[ReadPart] = (),
+    nearby: Sequence[ReadPart] = (),
 ) -> list[Tried]:
     """Return an accepted proposal for each log with parameters, joined with what it lacks, the best one first.
 
@@ -387,7 +387,7 @@ def best_proposals(
         Folder in which run files are proposed.
     attempts : Attempts
     stop : callable
-    beside : sequence of ReadPart
+    nearby : sequence of ReadPart
         Logs that are only joined to others.
     """
     found: list[Tried] = []
@@ -395,7 +395,7 @@ def best_proposals(
         if "parameter" not in part.quantities:
             continue
         accepted = []
-        for joined in _joins(part, [*parts, *beside]):
+        for joined in _joins(part, [*parts, *nearby]):
             if stop() and found:
                 break
             proposal = Proposal(tuple(one.part for one in joined), folder=folder)

@@ -22,7 +22,7 @@ from natgrad.app.diagnosis.proposals import Part, Proposal, scan_command
 from natgrad.schema.errors import InputError
 from natgrad.sources.formats import find_format
 from natgrad.sources.opening import format_of, holds_run
-from natgrad.sources.search import FoundLog, logs_below, nearest_format, skeleton
+from natgrad.sources.search import FoundLog, logs_below, nearest_format
 from natgrad.sources.steps import NotYet
 from natgrad.storage import LocalStorage, Storage
 
@@ -33,7 +33,7 @@ _SECONDS = 6.0
 
 _READINGS = 2
 _COMMANDS = 6
-_ENTRIES_BESIDE = 64
+_ENTRIES_NEARBY = 32
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,8 @@ class Diagnosis:
         The format that the sources resemble most, and why they are not of this format.
     ended : bool
         The search ended because of the time.
+    nearby : list of Part
+        Logs of the best proposal that are next to the folder.
     """
 
     chosen: Tried | None
@@ -71,6 +73,7 @@ class Diagnosis:
     refused: Mapping[str, InputError]
     nearest: str | None
     ended: bool
+    nearby: list[Part]
 
 
 def diagnose(paths: Sequence[Storage], options: Mapping[str, Any]) -> Diagnosis:
@@ -98,7 +101,7 @@ def diagnose(paths: Sequence[Storage], options: Mapping[str, Any]) -> Diagnosis:
             raise error
     attempts.commands.clear()
     accepted = [] if asked is None else [asked]
-    read: list[ReadPart] = []
+    read, nearby = list[ReadPart](), list[ReadPart]()
     if any(flags.values()) or not parts[0].plain:
         if asked is None and len(paths) == 1 and not flags["sweep"]:
             read = readings(FoundLog(Path(str(paths[0])), parts[0].format or ""), attempts, stop, parts[0])
@@ -110,9 +113,9 @@ def diagnose(paths: Sequence[Storage], options: Mapping[str, Any]) -> Diagnosis:
         folder = _run_file_folder(paths)
         accepted += best_proposals(read, folder, attempts, stop)
         if read and len(paths) == 1 and not (accepted and min(tried.rank for tried in accepted)[1] == 0):
-            beside = _read_beside(paths[0], attempts, stop)
-            accepted += best_proposals(read, folder, attempts, stop, beside) if beside else []
-            read += [part for tried in accepted for part in tried.parts if part in beside and part not in read]
+            nearby = _read_nearby(paths[0], stop)
+            accepted += best_proposals(read, folder, attempts, stop, nearby) if nearby else []
+            read += [part for tried in accepted for part in tried.parts if part in nearby and part not in read]
     recovering = (with_recovered_gradients(tried, attempts) for tried in accepted[:_READINGS])
     accepted += [tried for tried in recovering if tried is not None]
     accepted.sort(key=lambda tried: tried.rank)  # stable: the sources as they are come first
@@ -135,6 +138,7 @@ def diagnose(paths: Sequence[Storage], options: Mapping[str, Any]) -> Diagnosis:
         attempts.refused() if error is None else {" ".join(map(str, paths)): error, **attempts.refused()},
         _nearest(paths, error) if error is not None else None,
         stop(),
+        [] if chosen is None else [part.part for part in nearby if part.part in chosen.proposal.parts],
     )
 
 
@@ -169,22 +173,24 @@ def _read_below(path: Storage, attempts: Attempts, stop: Deadline) -> list[ReadP
     return [part for part in read if "/" not in part.part.pattern or not _holds_runs(part, read)]
 
 
-def _read_beside(path: Storage, attempts: Attempts, stop: Deadline) -> list[ReadPart]:
-    """Read the logs next to a folder, which may contain what it lacks. Folders of the same form are other runs."""
+def _read_nearby(path: Storage, stop: Deadline) -> list[ReadPart]:
+    """Read the logs next to a folder, which may contain what it lacks.
+
+    If one of them has parameters, they are other runs. The entries of a long listing are probably not related.
+    """
     local = path.local_path
     if local is None or not local.is_dir():
         return []
     folder = local.absolute()
-    form = skeleton(folder.name)
     try:
-        entries = sorted(islice(folder.parent.iterdir(), _ENTRIES_BESIDE))
+        entries = sorted(islice(folder.parent.iterdir(), _ENTRIES_NEARBY + 1))
     except OSError:
         return []
     read: list[ReadPart] = []
-    for entry in entries:
-        if entry != folder and skeleton(entry.name) != form and not stop():
-            read += _read_below(LocalStorage(entry), Attempts(), stop)
-    return read
+    for entry in entries if len(entries) <= _ENTRIES_NEARBY else ():
+        if entry != folder and not entry.name.startswith("."):
+            read += [] if stop() else _read_below(LocalStorage(entry), Attempts(), stop)
+    return [] if stop() or any("parameter" in part.quantities for part in read) else read
 
 
 def _holds_runs(part: ReadPart, read: Sequence[ReadPart]) -> bool:
