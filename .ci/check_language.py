@@ -86,7 +86,7 @@ def findings(text: str, *, docstring: bool = False) -> list[str]:
     text : str
         A docstring, comment, message or paragraph.
     docstring : bool
-        The text is a docstring: its first word is checked, too.
+        The text is a docstring, so its first word is also checked.
     """
     joined = re.sub(r"\s+", " ", re.sub(r"``[^`]*``|`[^`]*`", "x", text)).strip()
     found = [name for name, pattern in _COMPILED.items() if pattern.search(joined)]

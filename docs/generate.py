@@ -290,10 +290,9 @@ def commands() -> str:
 
 
 def _parameter(context: Any, parameter: Any) -> tuple[str, str]:
-    """Return name and description of an argument or option."""
+    """Return the name and description of an argument or option."""
     if parameter.param_type_name == "argument":
-        default = f" [default: {parameter.default}]" if parameter.default else ""
-        return f"`{parameter.metavar}`", f"{parameter.help}{default}"
+        return f"`{parameter.metavar}`", parameter.help.replace("  [", " [")
     name, description = parameter.get_help_record(context)
     return f"`{name}`", description.replace("  [", " [")
 

@@ -1,4 +1,4 @@
-"""The command ``natgrad``, in this process or in a new one."""
+"""Run the command ``natgrad``, in this process or in a new one."""
 
 import io
 import os

@@ -63,7 +63,7 @@ def states_of(run, steps=STATES):
 
 
 def with_last_state(states):
-    """Return states of which the last one has only parameters: a hook ran before each update."""
+    """Return states, the last of which has only parameters, because a hook ran before each update."""
     last = max(states)
     return states | {last: states[last].only("parameter")}
 
@@ -84,7 +84,7 @@ def tree_of(state, model="model"):
 
 
 def by_step(write):
-    """Return a writer that writes each state that is not there yet or differs from the one that is."""
+    """Return a writer that writes each state that does not exist yet or has changed."""
 
     def writer(folder, states):
         folder.mkdir(parents=True, exist_ok=True)
@@ -143,7 +143,7 @@ def save_huggingface(folder, number, state):
             safetensors.numpy.save_file(tensors, path / f"{stem}.safetensors")
     if "learning_rate" in state:
         torch.save(tree_of(state)["optimizer"], path / "optimizer.pt")
-    history = path / "losses.json"  # the Trainer logs the loss of a state with the update from it
+    history = path / "losses.json"  # the Trainer logs the loss of a state with the update that follows it
     earlier = folder / f"checkpoint-{number - 1}" / "losses.json"
     losses = json.loads(earlier.read_text()) if earlier.exists() else []
     entries = [{"step": step + 1, "loss": loss} for step, loss in enumerate(losses)]
@@ -318,7 +318,7 @@ class Orbax:
 
 
 def stacked(states):
-    """Stack states along a new first axis. An array is as long as the number of states that have it."""
+    """Stack states along a new first axis. The length of an array is the number of states that have it."""
     keys = dict.fromkeys(key for state in states.values() for key in state)
     arrays = {key: np.stack([state[key] for state in states.values() if key in state]) for key in keys}
     return arrays | {"step": np.array(list(states))}
@@ -411,7 +411,7 @@ def write_trainer_state(folder, values):
 
 
 def afresh(write):
-    """Return a writer that removes what it wrote before."""
+    """Return a writer that removes its previous output."""
 
     def writer(folder, values):
         shutil.rmtree(folder, ignore_errors=True)

@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, settings
 
 pytest_plugins = ["slow"]
 
-# Drawing is the same everywhere: a failure in one place is a failure in all.
+# Examples are drawn in the same way everywhere, so a failure is reproducible on every machine.
 settings.register_profile("default", deadline=None, derandomize=True)
 settings.register_profile("nightly", deadline=None, max_examples=2000, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
@@ -32,7 +32,7 @@ def store(out):
 
 @pytest.fixture
 def hostile(tmp_path, monkeypatch):
-    """Install `distributions.HOSTILE` in every process of the test that is started from now on."""
+    """Install `distributions.HOSTILE` in every process that the test starts from now on."""
     from distributions import install_hostile
 
     folder = install_hostile(tmp_path / "installed")
@@ -52,7 +52,7 @@ def no_handlers_of_prefect_left():
 
 @pytest.fixture(autouse=True, scope="session")
 def no_wait_for_the_disk():
-    """Skip flushes in this process; the tests of storages and stores check what is flushed, and when."""
+    """Skip flushes in this process; the tests of storages and stores check which files are flushed, and when."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         yield

@@ -1,4 +1,4 @@
-"""Real distributions with entry points, as pip installs them, for tests of extensions."""
+"""Create distributions with entry points, in the form that pip installs, for tests of extensions."""
 
 import os
 import subprocess

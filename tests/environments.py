@@ -1,4 +1,4 @@
-"""Environments like those of users: a wheel, installed offline, and links to chosen packages."""
+"""Create environments like those of users: a wheel, installed offline, and links to selected packages."""
 
 import os
 import shutil
@@ -40,7 +40,7 @@ def required(*names):
         try:
             found[name] = metadata.distribution(name)
         except metadata.PackageNotFoundError:
-            continue  # a lock leaves it out on purpose: tests/packaging/test_locks.py
+            continue  # a lock file excludes it on purpose: tests/packaging/test_lock_files.py
         for requirement in map(Requirement, found[name].requires or ()):
             if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
                 canonical = canonicalize_name(requirement.name)
@@ -60,7 +60,7 @@ class Environment:
 
     def __init__(self, folder):
         self.bin = folder / "bin"
-        unset = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")  # they lead to the code of the work tree
+        unset = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")  # they point to the code of the work tree
         self.environment = {name: value for name, value in os.environ.items() if name not in unset}
 
     def run(self, program, *arguments, environment=None, **options):

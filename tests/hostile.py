@@ -29,7 +29,7 @@ def value_of(value):
 
 
 def nested(levels=34, pair=b"](h%ch%ce"):
-    """Return opcodes that leave a list of two references to a list of two references ... in the memo."""
+    """Return opcodes that store a list of two references to a list of two references, and so on, in the memo."""
     built = b"]\x94" + b"".join(pair.replace(b"%c", bytes([i])) + b"\x94" for i in range(levels))
     return built + b"0" * (levels + 1), b"h" + bytes([levels])
 
@@ -152,7 +152,7 @@ def repeated_member(folder):
 
 
 def shared_position(folder):
-    """Let the table of an archive list the bytes of one storage under the names of two."""
+    """Make the table of an archive list the bytes of one storage under two names."""
     body = b"}(" + text("a") + tensor(key=text("0")) + text("b") + tensor(key=text("1")) + b"u"
     torch_log(folder, body, storages=(struct.pack("<2f", 1, 1), struct.pack("<2f", 2, 2)))
     path = folder / "step_0.pt"
@@ -473,7 +473,7 @@ def parquet_of_one_value(folder, rows=40_000_000):
 
 
 def cyclic_database(folder):
-    """Let the inner page of a table refer to itself."""
+    """Make the inner page of a table refer to itself."""
     path = folder / "scalars.db"
     with sqlite3.connect(path) as database:
         database.execute("PRAGMA page_size=512")
@@ -514,7 +514,7 @@ SCALARS = {
 }
 
 
-# Texts -------------------------------------------------------------------------------------------------------
+# Text files --------------------------------------------------------------------------------------------------
 
 
 def with_file(name, content):
@@ -685,4 +685,4 @@ HARMLESS = {
     "hdf5, dataset that was never written": "never written",
     "hdf5, dataset without data": "never written",
 }
-"""Logs whose harmful part is omitted, and what the notes of the step state about it."""
+"""Logs whose harmful part is omitted, and the notes of the step about it."""

@@ -1,6 +1,6 @@
 """Open logs in child processes with limits of CPU time and memory: ``python tests/limited.py`` reads JSON lines.
 
-Each line has the ``path`` of a log, and the limits ``seconds`` and ``bytes``. The answer has an ``outcome``:
+Each line has the ``path`` of a log, and the limits ``seconds`` and ``bytes``. The response has an ``outcome``:
 "read" (with the tensors, each with its first values), "refused" (with the message), "failed" (with a traceback),
 or "killed" (with the signal).
 """
@@ -50,7 +50,7 @@ def described(path, format=None):
 
 
 def in_child(job):
-    """Run one job in a fork, whose limits count from here."""
+    """Run one job in a fork, whose limits apply from here on."""
     reading, writing = os.pipe()
     child = os.fork()
     if not child:
@@ -72,7 +72,7 @@ def in_child(job):
 
 
 def main():
-    """Answer the jobs on standard input."""
+    """Run the jobs from standard input."""
     import h5py  # noqa: F401  the imports are not part of what is limited
     import pyarrow.parquet  # noqa: F401
     import tensorstore  # noqa: F401

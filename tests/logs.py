@@ -1,4 +1,4 @@
-"""Training logs for tests, written by the libraries that users use."""
+"""Write training logs for tests, with the libraries that users use."""
 
 import itertools
 import os
@@ -35,7 +35,8 @@ def run_writer(name, *arguments, **environment):
 def random_walk(steps, tensors=TENSORS, dtype="float32", seed=0, learning_rate=0.1):
     """Return states of noisy gradient descent on |theta|^2 / 2: a list of mappings from native keys to arrays.
 
-    The update is the negative gradient plus noise of its size, so most updates are effective and none is exact.
+    The update is the negative gradient plus noise of the same size, so most updates are effective and none is
+    exact.
     """
     rng = np.random.default_rng(seed)
     theta = {name: rng.standard_normal(shape) for name, shape in tensors.items()}

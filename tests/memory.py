@@ -37,7 +37,7 @@ def read_in_slices(log, tensor, out):
 
 
 def assert_out_of_core(log, tensor, out):
-    """Check that reading a tensor of 64 MiB through a small buffer takes a few MiB, for caches of libraries."""
+    """Check that reading a tensor of 64 MiB through a small buffer takes only a few MiB, for library caches."""
     read_in_slices(log, tensor, out)  # imports and fills the caches of libraries
     traced, resident = peak_of(lambda: read_in_slices(log, tensor, out))
     assert traced < 4 * MEBIBYTE, f"{traced / MEBIBYTE:.1f} MiB"

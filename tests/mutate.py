@@ -41,7 +41,7 @@ LIST = Path(__file__).with_name("mutants.toml")
 LARGEST_SHARE = 0.1
 """Share of the mutants that may survive."""
 PROCESSOR_SECONDS = 90
-"""Time limit for the tests of a mutant, which may loop forever. A mutant that reaches it counts as detected."""
+"""Time limit for the tests of a mutant, which may loop forever. Mutants that reach it count as detected."""
 
 KINDS = (
     {"Add", "Sub", "Mul", "Div", "FloorDiv", "Mod", "Pow"},
@@ -233,7 +233,7 @@ class Report:
 
 
 def warm():
-    """Import what the tests import and compile the kernel. No thread is started."""
+    """Import the modules that the tests import, and compile the kernel. No thread is started."""
     import mpmath
     from hypothesis import Phase, settings
 
@@ -258,7 +258,7 @@ def warm():
 
 
 def fork(files, changed):
-    """Run tests in a fork, with a mutant or the unchanged code; return its id and a pipe for the answer."""
+    """Run tests in a fork, with a mutant or the unchanged code; return its id and a pipe for the result."""
     read, write = os.pipe()
     process = os.fork()
     if process:

@@ -1,4 +1,4 @@
-"""Call functions of the package that take open storages with paths and URLs instead."""
+"""Call functions of the package that take open storages, with paths and URLs instead."""
 
 from natgrad import ingestion
 from natgrad.compute import ledger_pass

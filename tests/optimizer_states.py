@@ -188,7 +188,7 @@ def recovered(log, largest_span=20):
     gradients : list of dict
         By tensor, for each state that has one, in float64.
     figures : list of dict
-        Numbers of the recovery by name and tensor.
+        Numbers that describe the recovery, by name and tensor.
     """
     source = Recovered(log, largest_span)
     gradients, figures = [], []

@@ -52,7 +52,7 @@ def _run_console(example):
 def run_page(path, languages=("python", "sh", "console")):
     """Run the examples of a page, in their order, and return their number.
 
-    The lines of ``sh`` are commands. ``console`` has commands after ``$`` and what they print, where ``...`` stands
+    The lines of ``sh`` are commands. ``console`` has commands after ``$`` and their output, where ``...`` stands
     for any text. ``python`` is a program, or a session with ``>>>``. Blocks with a title are files.
     """
     for name, content in re.findall(

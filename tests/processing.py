@@ -1,4 +1,4 @@
-"""Run the complete pipeline in this process: from a log to its results, and from its files to arrays."""
+"""Run the complete pipeline in this process, from a log to its results, and read the files of a log into arrays."""
 
 import numpy as np
 

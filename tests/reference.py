@@ -1,6 +1,6 @@
 """Compute the ledger by its definition: complete vectors, exact sums, no tiles.
 
-A float64 is a rational number, so every product and every sum below is exact until the one rounding at the end.
+A float64 is a rational number, so every product and sum below is exact until the single rounding at the end.
 """
 
 import itertools
@@ -60,7 +60,7 @@ def assert_gram_close(actual, expected, elements, slack=1.0):
     """Compare Gram matrices: each entry x.y within the bound of rounding, a multiple of |x||y|.
 
     ``slack`` counts roundings of an entry in addition to those of the sum: forming a difference or a residual
-    in float64 costs a few units roundoff of the vectors it is made of.
+    in float64 costs a few units roundoff of its terms.
     """
     norms = np.sqrt(np.einsum("...ii->...i", expected))
     scale = norms[..., :, None] * norms[..., None, :]
@@ -78,16 +78,16 @@ def worst_case(terms, unit=U):
 
 
 def derivatives(loss, weights):
-    """Derivatives of a loss by every element of matrices, each ``(name, row, column), derivative``.
+    """Derivatives of a loss with respect to every element of matrices, each ``(name, row, column), derivative``.
 
     Parameters
     ----------
     loss : callable
-        Of matrices as lists of rows of exact numbers, by name.
+        Function of matrices by name, each a list of rows of exact numbers.
     weights : mapping
-        The same.
+        Such matrices.
     """
-    step = mpf(10) ** -20  # the error of the central difference is its square, much below the rounding of float64
+    step = mpf(10) ** -20  # its square, the error of a central difference, is far below rounding
     for name, weight in weights.items():
         for row, column in np.ndindex(len(weight), len(weight[0])):
             beside = []
@@ -142,10 +142,10 @@ def pair_of(y, g, learning_rate=0.5):
 
 
 def assert_same_pair(update_square, alignment, angle, y, g, rounding=0.0):
-    """Compare with explicit vectors: y.g within rounding of |y||g|, the angle as promised.
+    """Compare with explicit vectors: y.g within rounding of |y||g|, and the angle within the guaranteed error.
 
-    Besides the sums, at most four roundings (difference, rate, square, sum of parts) meet an entry. ``rounding`` is
-    an additional relative error of the square.
+    In addition to the sums, at most four roundings (difference, rate, square, sum of parts) affect an entry.
+    ``rounding`` is an additional relative error of the square.
     """
     expected = pair_of(y, g)
     bound = 4 * roundoff_bound(len(g))

@@ -21,7 +21,7 @@ QUIET = {
     # Services that the tests do not need, and that slow down a busy machine.
     "PREFECT_SERVER_SERVICES_TRIGGERS_ENABLED": "false",
     "PREFECT_SERVER_SERVICES_FOREMAN_ENABLED": "false",
-    # The minimum that Prefect accepts: how long a dead flow occupies its deployment.
+    # The time for which a flow whose process died occupies its deployment: the minimum that Prefect accepts.
     "PREFECT_SERVER_CONCURRENCY_INITIAL_DEPLOYMENT_LEASE_DURATION": "30",
 }
 
@@ -74,7 +74,7 @@ class PrefectServer:
     Parameters
     ----------
     home : Path
-        Folder of its database, unless another one is given.
+        Folder of its database, unless ``database`` is set.
     database : str, optional
         Address of a database.
     """

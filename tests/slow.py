@@ -1,4 +1,4 @@
-"""The marker ``slow``, which `make quick` omits, and the processor time that decides which tests have it.
+"""Define the marker ``slow``, which `make quick` omits, by the processor time of tests.
 
 ``slow.txt`` lists the slow tests: a function, or a file whose shared fixtures or libraries are slow.
 ``--slow-after SECONDS`` fails a session in which another test took more processor time, including that of the

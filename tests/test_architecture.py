@@ -1,4 +1,4 @@
-"""The import rule, the libraries that each package may use, and the names that tests may use."""
+"""Test the import rule, the libraries that each package may use, and the names that tests may use."""
 
 import ast
 import functools
@@ -93,7 +93,7 @@ def test_imports_point_down(module):
     assert generate.imported_packages(MODULES[module]) <= IMPORTS[package] | {package}
 
 
-def test_no_package_of_the_table_imports_less_than_it_may_by_name_only():
+def test_no_package_of_the_table_imports_less_than_it_may_only_by_name():
     # An unused entry would hide that a package could be on a lower level.
     used = generate.package_imports()
     assert "store" not in used["recording"] | used["experiments"]
@@ -145,7 +145,7 @@ BELOW_THE_EDGE = [
 
 
 @pytest.mark.parametrize("module", BELOW_THE_EDGE)
-def test_locations_are_parsed_at_the_edge_only(module):
+def test_locations_are_parsed_only_at_the_edge(module):
     # `open_store`, its two openers, recorded files of a log, and the functions that a notebook calls with a path.
     openers = {
         "natgrad.store.references",
@@ -216,7 +216,7 @@ def test_only_the_flows_import_prefect():
 
 
 def loaded_after(statement):
-    """Top-level names of the modules that are loaded after a statement, in a separate process."""
+    """Return the top-level names of the modules that are loaded after a statement, in a separate process."""
     code = f"import sys; {statement}; print(*{{name.partition('.')[0] for name in sys.modules}})"
     return set(
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
@@ -307,7 +307,7 @@ def test_a_report_is_drawn_without_a_plotting_library(processed):
 
 
 def is_hidden(name):
-    """Return whether a name is private (tests must not use it) or a constant (tests must not replace it)."""
+    """Return True if a name is private (tests must not use it) or a constant (tests must not replace it)."""
     return is_private(name) or re.fullmatch("[A-Z][A-Z0-9_]+", name) is not None
 
 
@@ -369,7 +369,7 @@ class Uses(ast.NodeVisitor):
 
 def uses(program):
     """Return the names that `Uses` finds in a program; None if the text is not a program."""
-    for text in (program, re.sub(r"\{[^{}\n]*\}", "x", program)):  # as it is, or with fields to be filled in
+    for text in (program, re.sub(r"\{[^{}\n]*\}", "x", program)):  # unchanged, or with fields to be filled in
         try:
             tree = ast.parse(text)
         except SyntaxError:
@@ -408,13 +408,13 @@ def test_tests_use_public_names_alone():
     assert {path: names for path, names in found.items() if names} == {}
 
 
-# Places of tests -----------------------------------------------------------------------------------------------
+# Locations of tests --------------------------------------------------------------------------------------------
 
 NO_PACKAGES = {"cluster", "docs", "packaging", "typing"}
-"""Folders of tests of what is not in a package: clusters, pages, distributions, and the types of all functions."""
+"""Folders of tests that do not belong to a package: clusters, pages, distributions, and types."""
 
 ACROSS_MODULES = {
-    "app/test_layout_versions.py",  # every command refuses stores of another layout
+    "app/test_layout_versions.py",  # every command refuses stores with a different layout
     "flows/test_recorded_runs.py",  # logs of ledgers, from the training loop to labelled results
     "ingestion/test_last_state.py",  # a state without a gradient, from the log to labelled results
     "ingestion/test_without_gradients.py",  # a run without gradients, from the log to labelled results
@@ -426,9 +426,8 @@ ACROSS_MODULES = {
 
 
 def mirrors(test, modules, helpers):
-    """Return whether a test, a path below the folder of tests, has the name of a module, package or helper.
-
-    A test of a package as a whole is in its folder.
+    """Return True if a test, a path below the folder of tests, has the name of a module, package or helper. A test
+    of a complete package is in its folder.
     """
     package, *folders = test.parts[:-1]
     name = test.stem.removeprefix("test_")

@@ -9,8 +9,8 @@ finished, all bytes must equal those of the undisturbed run.
     python tests/torture.py --kills 200 --seed 0
 
 `damage_trials` damages one file of OUT at a time, in each of `WAYS` and for each kind of file, and processes the
-run again. Each trial must give the results of the undamaged run, or a refusal that names the file and whose advice,
-if followed, gives these results.
+run again. Each trial must give the results of the undamaged run, or a refusal that names the file and whose remedy
+gives these results.
 """
 
 import argparse
@@ -88,12 +88,12 @@ def fork(task, *arguments):
 
 
 def answer(task, *arguments):
-    """Run a task in a separate process, and return its answer."""
+    """Run a task in a separate process, and return its result."""
     return result(*fork(task, *arguments))
 
 
 def result(process, read):
-    """Wait for a process that was started by `fork`, and return its answer."""
+    """Wait for a process that was started by `fork`, and return its result."""
     with open(read) as pipe:  # noqa: PTH123
         text = pipe.read()
     assert os.waitpid(process, 0)[1] == 0
@@ -110,13 +110,13 @@ def files(out):
     }
 
 
-def look(out):
+def observe(out):
     """Return what a reader finds: committed steps, their checksums, ledger chunks and damage."""
     folder = RunFolder.of(out)
     if not folder.trajectory.exists():
         return {"steps": [], "checksums": [], "ledger chunks": {}, "damages": []}
     states = open_trajectory(folder.trajectory)
-    # Those of states in place are not known before a pass has read them.
+    # Those of states in place are unknown before a pass has read them.
     rows = [
         {name: found.values[name][i].tolist() for name in states.dtypes if found.known[name][i]}
         for found in states.checksums.each()
@@ -142,7 +142,7 @@ def torture(folder, kills, seed, in_place=False):
     began = time.monotonic()
     answer(work, log, undisturbed, in_place)
     duration = time.monotonic() - began
-    truth, expected = answer(look, undisturbed), answer(files, undisturbed)
+    truth, expected = answer(observe, undisturbed), answer(files, undisturbed)
     counts = Counter(
         dict.fromkeys(("kills", "runs", "in_ingest", "in_analysis", "lost", "doubled", "differing"), 0)
     )
@@ -159,7 +159,7 @@ def torture(folder, kills, seed, in_place=False):
             assert status in (0, signal.SIGKILL), status
             counts["kills"] += status == signal.SIGKILL
             finished = status == 0 or counts["kills"] >= kills
-            now = answer(look, out)
+            now = answer(observe, out)
             if status == signal.SIGKILL:
                 counts["in_ingest" if len(now["steps"]) < STEPS else "in_analysis"] += 1
             counts["lost"] += len(set(before["steps"]) - set(now["steps"])) + len(
@@ -188,7 +188,7 @@ def torture(folder, kills, seed, in_place=False):
                 os.kill(process, signal.SIGKILL)
                 os.close(read)
                 os.waitpid(process, 0)
-                now = answer(look, out)
+                now = answer(observe, out)
                 counts["damaged"] += len(now["damages"]) + (now["steps"] != truth["steps"])
                 counts["differing"] += now["checksums"] != truth["checksums"]
             answer(copy_later, out)
@@ -215,7 +215,7 @@ WAYS = {
 }
 
 GOOD = ("same", "refused")
-"""Consequences of damage that are right. The others are silent, traceback, unnamed and bad_advice."""
+"""Acceptable consequences of damage. The others are silent, traceback, unnamed and bad_advice."""
 
 DAMAGE_STEPS, DAMAGE_GROWN = (15, 16), 20
 """Steps before the log grows: with and without a last chunk to which the growth appends states."""
@@ -260,7 +260,7 @@ def process(log, out, **options):
 
 
 def follow_advice(error, log, out):
-    """Follow the advice of a refusal, and return the results."""
+    """Follow the remedy of a refusal, and return the results."""
     if "remove the folder" in error.remedy:
         shutil.rmtree(Path(error.where).parent)
         return process(log, out)
@@ -322,7 +322,7 @@ def damage_trials(
     ----------
     folder : Path
     trials : int
-        Trials of each way, for each kind of file, with a log that has grown and with one that has not.
+        Number of trials for each way and kind of file, with a log that has grown and with one that has not.
     seed : int
     ways : sequence of str
         Ways in which files are damaged.
@@ -353,7 +353,7 @@ def damage_trials(
     first, parts = part
     chosen = list(kinds or of_kind)[first::parts]
     for kind, way, source, number in itertools.product(chosen, ways, (log, grown), range(trials)):
-        # Each trial has its own seed, so that it does not depend on the others.
+        # Each trial has its own seed, so it does not depend on the others.
         rng = np.random.default_rng([seed, *f"{kind} {way} {source.name} {steps} {number}".encode()])
         out = shutil.copytree(whole, folder / "trial")
         path = out / rng.choice(of_kind[kind])
@@ -406,7 +406,7 @@ def poll(out, truth, stop):
     while not stop.exists() or not seen:
         if not (out / "trajectory.zarr").exists():
             continue
-        now = look(out)
+        now = observe(out)
         seen.add(len(now["steps"]))
         torn += now["steps"] != truth["steps"][: len(now["steps"])] or bool(now["damages"])
         torn += now["checksums"] != truth["checksums"][: len(now["checksums"])]
@@ -420,7 +420,7 @@ def read_while_written(folder, seed):
     states = random_walk(STEPS, TENSORS, seed=seed)
     write_log(log, states)
     answer(try_to_work, log, alone)
-    truth = answer(look, alone)
+    truth = answer(observe, alone)
     growing = folder / "growing"
     write_log(growing, states[:1])
     reader, read = fork(poll, out, truth, stop)

@@ -1,8 +1,8 @@
-"""Train networks of torch, for tests of what their optimizers save."""
+"""Train torch networks, for tests of the states that their optimizers save."""
 
 
 def training_steps(model, optimizer, x, target, steps):
-    """Train on the mean squared error, and stop before each update.
+    """Train on the mean squared error, and yield before each update.
 
     Yields
     ------

@@ -1,4 +1,4 @@
-"""A small model that is trained and recorded, its gradients by hand, and the contents of its logs."""
+"""Define a small model that is trained and recorded, its gradients from formulas, and the contents of its logs."""
 
 import numpy as np
 
@@ -78,7 +78,7 @@ def snapshot(model):
 
 
 def train(model, optimizer, steps, **hooks):
-    """Train, and call a function of the step before it, if there is one."""
+    """Train, and before each step call a function of it, if there is one."""
     for step in range(steps):
         hooks.get(f"before_{step}", lambda: None)()
         optimizer.zero_grad()

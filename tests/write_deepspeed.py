@@ -3,8 +3,8 @@
 Run as ``python write_deepspeed.py RENDEZVOUS STATES FOLDER``: saves the states in a file of torch as master
 weights, once with each of the configurations below, into a folder of its name. Then it trains from the first state
 with the ``exact`` gradient of each, and saves before the first update and after each, into "<name>, trained". The
-first has the options of the optimizer too: ``groups``, of matrices and of others. Two processes do that, then three
-with some of the configurations, into "<name>, three".
+first file also has the options of the optimizer: ``groups``, for matrices and for other tensors. Two processes do
+this, and then three processes with some of the configurations, into "<name>, three".
 """
 
 import os
@@ -53,7 +53,7 @@ class Model(Linear):
         self.register_buffer("running_mean", torch.arange(3.0))
 
     def forward(self, gradients):
-        # Each module computes the part of its parameters, which stage 3 gathers for it.
+        # Each module computes with its own parameters, because stage 3 gathers them for each module.
         loss = super().forward(gradients)
         for name, module in self.named_modules():
             if name not in ("", "tied") and module._parameters:

@@ -74,7 +74,7 @@ def save(states, folder):
 
 
 def save_large(path):
-    """64 MiB in chunks of half a MiB."""
+    """Save 64 MiB in chunks of half a MiB."""
     tree = {"params": {"weight": np.zeros((4096, 4096), np.float32)}}
     arguments = {"params": {"weight": ocp.SaveArgs(chunk_byte_size=1 << 19)}}
     ocp.PyTreeCheckpointer().save(path.absolute(), tree, save_args=arguments)

@@ -24,7 +24,7 @@ _DEFAULTS = {
     "DO_NOT_TRACK": "1",
     # A cold start took 18 s on a busy machine, and the default is 20.
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
-    # A request is repeated five times. If no answer comes, this ends in four minutes instead of seven.
+    # A request is repeated five times. Without a response, it then fails after four minutes instead of seven.
     "PREFECT_API_REQUEST_TIMEOUT": "30",
 }
 for _name, _value in _DEFAULTS.items():

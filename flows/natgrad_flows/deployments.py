@@ -160,7 +160,7 @@ def _warn_of_old_deployments(current: set[str]) -> None:
             module = entrypoint.partition(".")[0]
             _log.warning(
                 "deployment %s was created by an older version: its runs fail with \"No module named '%s'\", or "
-                "run other code of that name. Delete it (prefect deployment delete %s) and deploy again "
+                "run other code with that name. Delete it (prefect deployment delete %s) and deploy again "
                 "(natgrad serve or natgrad deploy)",
                 name,
                 module,

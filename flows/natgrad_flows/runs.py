@@ -83,8 +83,8 @@ _STALLED = (
 def _can_heal(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
     """Return True if a retry may succeed soon.
 
-    It cannot after invalid input, or if a step is not logged yet. A call that hung is not repeated, because this
-    would take the time limit again.
+    A retry cannot succeed after invalid input, or if a step is not logged yet. A call that hung is not repeated,
+    because this would take the time limit again.
     """
     try:
         state.result()
@@ -298,8 +298,8 @@ def process_run(source: options.Source, out: options.Out, **values: Unpack[Proce
             client.update_flow_run(own, tags={*flow_run.get_tags(), f"run:{Path(out).name}"})
 
             def work() -> dict[str, Any]:
-                # A flow that has just processed the run may not have reported its end yet. It did not die: in that
-                # case the run is up to date, and this function is not called.
+                # A flow that has just processed the run may not have reported its end yet, although it did not die.
+                # In that case the run is up to date, and this function is not called.
                 mark_crashed(client, open_storage(out), own=own)
                 return _ingested(source, out, values, analysis, worker) | _analyzed(out, analysis, worker)
 

@@ -180,5 +180,5 @@ def delete_history(client: SyncPrefectClient, age: timedelta) -> int:
 
 
 def _delete(call: Callable[[Any], None], identifier: Any) -> None:
-    with suppress(ObjectNotFound):  # another scan deletes, too
+    with suppress(ObjectNotFound):  # another scan is also deleting flow runs
         call(identifier)

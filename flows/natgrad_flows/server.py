@@ -1,4 +1,4 @@
-"""Use a Prefect server: require that one answers, or start one that ends with this process.
+"""Use a Prefect server: require that one responds, or start one that ends with this process.
 
 Prefect would start a server itself. That server outlives a process that is killed, and Prefect waits forever for
 one that cannot open its database.
@@ -41,7 +41,7 @@ __all__ = ["require_server", "serve", "server_errors", "shorten_request_errors",
 _log = logger("natgrad.flows")
 
 _ANSWER_SECONDS = 30.0
-"""Seconds in which a server must answer before anything is started."""
+"""Seconds in which a server must respond before anything is started."""
 
 _START_SERVER = (
     "start a server (prefect server start) and set its address: export PREFECT_API_URL=http://HOST:4200/api"
@@ -49,7 +49,7 @@ _START_SERVER = (
 
 
 def require_server() -> None:
-    """Require that the configured server answers, and that it can read its database.
+    """Require that the configured server responds, and that it can read its database.
 
     Raises
     ------
@@ -148,7 +148,7 @@ def _start_server() -> str:
             stdout=log,
             stderr=log,
             env={
-                # Events are half of the history of a run, and nobody follows those of this server.
+                # Events take up half of the history of a run, and no program reads those of this server.
                 "PREFECT_SERVER_SERVICES_EVENT_PERSISTER_ENABLED": "false",
                 **os.environ,
                 "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
@@ -184,7 +184,7 @@ def _wait_for_start(running: subprocess.Popen[bytes], address: str, log: IO[str]
             time.sleep(0.1)
     if running.poll() is None:
         what, why = f"the Prefect server has not started in {seconds} s", "this machine is busy"
-        remedy = "set PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS to more seconds"
+        remedy = "increase PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS"
     else:
         log.seek(0)
         lines = [line.strip() for line in log if "Error" in line and not line.startswith((" ", "INFO"))]

@@ -19,11 +19,11 @@ Process a log, and open the results:
 ``scan``
     Process all runs below a folder.
 ``open_results``, ``open_trajectory``, ``open_ledger``, ``open_states``
-    Open the stores of a run, or its states as a dataset of xarray.
+    Open the stores of a run, or its states as an xarray dataset.
 ``watch``, ``Recorder``
-    Log a training run of PyTorch from the hooks of its optimizer, or any other from its training loop.
+    Log a PyTorch training run from the hooks of its optimizer, or any other run from its training loop.
 ``WatchCallback``, ``LightningWatch``
-    Log a training run of the Trainer of Hugging Face, or of Lightning.
+    Log a training run of the Hugging Face Trainer, or of Lightning.
 ``Metric``
     Apply a metric as an operator.
 ``InputError``, ``Unavailable``

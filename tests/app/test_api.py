@@ -186,7 +186,7 @@ def test_progress_is_reported_by_stage(tmp_path):
 
 
 def test_no_text_uses_the_old_package_names():
-    # A logger of another name would suppress every INFO line; a template or an entry point would not be found.
+    # A logger with a different name would hide every INFO line; a template or an entry point would not be found.
     older = re.compile(r"(?<![\w./-])(pipeline|flows)\.[a-z_]+|getLogger\(.(pipeline|flows)\b")
     for folder in ("pipeline", "flows"):
         for path in (ROOT / folder).rglob("*"):

@@ -1,7 +1,7 @@
 """Test the command line as a user calls it: exit codes, one JSON object, nothing else on standard output.
 
-What only a process shows (a terminal, real exit codes) is tried in processes; the rest calls the same entry
-point in this one.
+Properties that only a process shows (a terminal, real exit codes) are tested in separate processes; the other tests
+call the same entry point in this one.
 """
 
 import errno
@@ -52,7 +52,7 @@ def processed(tmp_path_factory):
 
 @pytest.fixture
 def run(processed):
-    """Return a log, the output folder of `natgrad process`, and its answer."""
+    """Return a log, the output folder of `natgrad process`, and its output."""
     folder, done = processed
     return folder / "log", folder / "out", json.loads(done.stdout)
 
@@ -113,7 +113,7 @@ def test_the_time_of_the_last_verification_is_reported(run, tmp_path):
     assert answer("verify", trusted) == {"damages": []}
     assert before <= answer("info", trusted)["states_verified"] <= now()
     answer("ingest", log, trusted, "--overwrite")
-    # The ledger was computed from states that were trusted, and the verification was that of the old trajectory.
+    # The ledger was computed from trusted states, and the old trajectory had been verified.
     assert answer("info", trusted)["states_verified"] is None
     chunk = next((trusted / "trajectory.zarr/gradient/c").glob("*/*"))
     chunk.write_bytes(bytes(byte ^ 255 for byte in chunk.read_bytes()))
@@ -186,11 +186,11 @@ def test_losses_that_gradients_do_not_explain_are_reported_by_every_command(tmp_
     states = [state | {"loss": np.float64(rng.random())} for state in random_walk(8)]
     log, out = write_log(tmp_path / "log", states), tmp_path / "out"
     done = natgrad("process", log, out, "--json")
-    assert "Probably the batches change" in done.stderr
+    assert "The batches probably change" in done.stderr
     found = json.loads(done.stdout)["objective"]
     assert (found["evaluation"], found["consistency"], len(found["warnings"])) == ("unknown", "inconsistent", 1)
     assert answer("info", out)["objective"] == found
-    # The advice ends the warning.
+    # Following the remedy removes the warning.
     done = natgrad("analyze", out, "--evaluation", "batch", "--json")
     assert "batches" not in done.stderr
     assert json.loads(done.stdout)["objective"]["warnings"] == []

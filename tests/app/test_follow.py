@@ -1,4 +1,4 @@
-"""Test logs that are being written: incomplete steps are left for later, and are errors if they stay incomplete."""
+"""Test logs that are being written: incomplete steps are deferred, and are errors if they stay incomplete."""
 
 import itertools
 import os
@@ -85,7 +85,7 @@ def test_a_last_step_that_remains_truncated_is_an_error_with_its_name(log, store
     assert steps(store) == [0, 1, 2, 3]
 
 
-def test_a_truncated_step_in_the_middle_is_an_error_at_once(log, store):
+def test_a_truncated_step_in_the_middle_is_an_error_immediately(log, store):
     write_log(log, random_walk(5))
     truncate(log / "step_2.safetensors")
     for allow_gaps in (False, True):
@@ -220,7 +220,7 @@ def numbers_in(log):
 
 @pytest.mark.parametrize("kind", ["safetensors", "torch", "folder"])
 def test_no_step_that_two_scans_list_is_lost_if_the_run_removes_its_steps(log, tmp_path, store, kind):
-    # One step every 0.2 s, of which the last 20 are kept: each file exists for four seconds.
+    # One step every 0.2 s, and the last 20 are kept: each file exists for four seconds.
     writer = (sys.executable, Path(__file__).parents[1] / "write_rotating.py", log, kind, "35", "0.2", "20")
     wait, listings = StepWait(60.0), []
 
@@ -280,7 +280,7 @@ def test_steps_that_the_run_removed_are_a_gap_with_a_warning(log, tmp_path, stor
     assert steps(store)[-2:] == [60, 61]
 
 
-def test_following_reports_the_missing_step_and_goes_on_without_it(log, tmp_path, store, caplog):
+def test_following_reports_the_missing_step_and_continues_without_it(log, tmp_path, store, caplog):
     states = random_walk(10)
     write_log(log, [*states[:3], *states[5:]], numbers=[0, 1, 2, 5, 6, 7, 8, 9])
     answer = follow_log(log, tmp_path / "out", interval=0.05, gap_timeout=0.3, idle_timeout=5.0)
@@ -292,7 +292,7 @@ def test_following_reports_the_missing_step_and_goes_on_without_it(log, tmp_path
     )
 
 
-def test_steps_behind_a_gap_are_read_when_the_log_is_complete(log, tmp_path, store):
+def test_steps_after_a_gap_are_read_when_the_log_is_complete(log, tmp_path, store):
     states = random_walk(6)
     write_log(log, [*states[:3], *states[4:]], numbers=[0, 1, 2, 4, 5])
     answer = follow_log(log, tmp_path / "out", interval=0.05, gap_timeout=1000.0, idle_timeout=0.2)
@@ -300,7 +300,7 @@ def test_steps_behind_a_gap_are_read_when_the_log_is_complete(log, tmp_path, sto
     assert any("missing step 3: they were not logged in time" in warning for warning in answer.warnings)
 
 
-def test_a_step_that_appears_after_a_pass_went_on_without_it_is_left_out(log, tmp_path, store):
+def test_a_step_that_appears_after_a_pass_continued_without_it_is_omitted(log, tmp_path, store):
     states = random_walk(7)
     write_log(log, [*states[:3], *states[4:]], numbers=[0, 1, 2, 4, 5, 6])
     follow_log(log, tmp_path / "out", gap_timeout=0.0, idle_timeout=0.0)

@@ -78,7 +78,7 @@ def test_results_of_a_newer_natgrad_are_refused(out):
     assert "upgrade" in refusal.value.remedy
 
 
-def test_a_newer_run_is_kept_whatever_the_options(out, log):
+def test_a_newer_run_is_kept_for_all_options(out, log):
     with_version(out, "trajectory.zarr", LAYOUT_VERSION + 1)
     before = (out / "trajectory.zarr" / "zarr.json").read_bytes()
     for overwrite in (False, True):

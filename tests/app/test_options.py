@@ -126,7 +126,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("values", "message"), REFUSED)
 def test_an_invalid_option_is_rejected_before_the_log_is_opened(tmp_path, values, message):
-    # There is no log: it would be refused for that reason otherwise.
+    # There is no log, so a valid value would be refused for that reason.
     with pytest.raises(InputError, match=re.escape(message)) as refusal:
         natgrad.process(tmp_path / "no log", tmp_path / "out", **values)
     assert refusal.value.remedy
@@ -151,7 +151,7 @@ UNUSABLE = (
     *(object(), 1j, Ellipsis, b"bytes", np.datetime64("2026-01-01"), iter([1])),
     *([[]], [object()], {3: 4}, {(): ()}),
 )
-# Some arguments accept some of them.
+# Some arguments accept some of these values.
 STRANGE = (
     *(3, -1, 0, 1.5, True, np.True_, "text", "", "a\0b", " ", float("nan"), float("inf"), 10**5000, -(10**5000)),
     *([], {}, (), set(), [3], [None], [""], ["text"], [True], {"a": 1}, {"a": None}, {"": ""}, {"a": []}, range(3)),
@@ -224,7 +224,7 @@ def test_docstrings_do_not_use_words_of_the_command_line():
     assert "Repeatable." in options.declared(options.ProcessOptions)["windows"].description(command_line=True)
 
 
-def test_a_file_in_place_of_a_folder_is_refused(tmp_path):
+def test_a_file_instead_of_a_folder_is_refused(tmp_path):
     log = write_log(tmp_path / "log", random_walk(3))
     (tmp_path / "file").write_text("text")
     for out in (tmp_path / "file", tmp_path / "file" / "below"):

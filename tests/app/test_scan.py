@@ -31,7 +31,7 @@ def found(root, out):
     return {one.name: (one.source, one.out) for one in scan.find_runs(root, out)}
 
 
-# Which runs there are ----------------------------------------------------------------------------------------
+# Finding runs ----------------------------------------------------------------------------------------
 
 
 def test_runs_are_found_by_the_contents_of_folders_at_any_depth(root, out):
@@ -72,7 +72,7 @@ def test_outputs_of_runs_are_not_found_as_runs(root):
     out = root / "made"
     run.ingest_run(root / "a", out / "a")
     assert set(found(root, out)) == {"a"}
-    # Nor is a store that someone else put among the logs.
+    # A store that another user put among the logs is not a run either.
     (out / "a").rename(root / "elsewhere")
     assert set(found(root, out)) == {"a"}
 
@@ -99,7 +99,7 @@ def test_a_missing_root_is_an_error(root, out):
         scan.find_runs(root, out)
 
 
-# What changed ------------------------------------------------------------------------------------------------
+# Changes ------------------------------------------------------------------------------------------------
 
 
 def appended(log):
@@ -246,7 +246,7 @@ def test_status_shows_progress_and_failures_of_each_run(root, out, processed, ca
     assert [line.split()[0] for line in lines[1:]] == ["a", "bad", "by", "new"]
 
 
-def test_status_of_a_log_that_is_gone_has_no_lag(root, out):
+def test_the_status_of_a_removed_log_has_no_lag(root, out):
     log = write_log(root / "a", random_walk(3))
     run.ingest_run(log, out / "a")
     for path in log.iterdir():
@@ -268,7 +268,7 @@ def numbers(summary):
     return summary.processed, summary.unchanged, summary.skipped, summary.failed
 
 
-def test_a_scan_processes_what_changed_and_a_bad_run_fails_alone(root, out):
+def test_a_scan_processes_changed_runs_and_a_bad_run_fails_alone(root, out):
     for name in ("a", "group/b", "bad"):
         write_log(root / name, random_walk(3))
     bad = root / "bad" / "step_1.safetensors"
@@ -311,7 +311,7 @@ print(summary.processed, summary.unchanged + summary.skipped, summary.failed)
 """
 
 
-def test_two_scans_at_once_process_every_run_once(root, out):
+def test_two_concurrent_scans_process_every_run_once(root, out):
     runs = 3
     for number in range(runs):
         write_log(root / f"run-{number}", random_walk(3, seed=number))
@@ -354,7 +354,7 @@ for shift in sys.stdin:
 """
 
 
-def test_a_clock_that_goes_backwards_between_scans_changes_nothing(root, out, tmp_path):
+def test_a_clock_that_is_set_back_between_scans_has_no_effect(root, out, tmp_path):
     (tmp_path / "clock").mkdir()
     (tmp_path / "clock" / "sitecustomize.py").write_text(CLOCK)
     path = os.pathsep.join([str(tmp_path / "clock"), *filter(None, [os.environ.get("PYTHONPATH")])])

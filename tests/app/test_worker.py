@@ -112,7 +112,7 @@ def test_a_call_without_progress_is_stopped_with_all_its_processes(calls, one, t
         one.call(calls.spawn_and_sleep, tmp_path / "pids", where="a", timeout=5)
     child = int((tmp_path / "pids").read_text())
     wait_for(lambda: not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE)
-    # Progress is what counts: this takes longer than the limit.
+    # The limit applies to progress: this takes longer than the limit.
     seen = []
     one.call(calls.pid, where="a")
     assert one.call(calls.slow, 8, 1.0, where="a", progress=lambda *numbers: seen.append(numbers), timeout=6) == 8
@@ -126,7 +126,7 @@ def test_an_error_of_the_callback_ends_the_call(calls, one):
     first = one.call(calls.pid, where="a")
     with pytest.raises(ValueError, match="no server"):
         one.call(calls.slow, 3, 0.3, where="a", progress=failing)
-    # An answer of that call is not taken for one of this.
+    # A result of that call is not mistaken for one of this call.
     assert one.call(calls.add, 1, 2, where="a") == 3
     assert one.call(calls.pid, where="a") != first
 

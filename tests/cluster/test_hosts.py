@@ -55,7 +55,7 @@ class Hosts:
         return self
 
     def __exit__(self, *exception):
-        # Links first: with its namespace a link is removed some time later, and its name is needed again.
+        # Links first: a link is removed some time after its namespace, and its name is needed again.
         for number, name in enumerate(self.names, start=1):
             ip("link", "del", f"{self.tag}{number}a")
             ip("netns", "del", self.space(name))
@@ -68,7 +68,7 @@ class Hosts:
         return f"10.77.0.{self.names.index(name) + 1}"
 
     def link(self, name, state):
-        """Cut the link of a host (``down``), or bring it back (``up``)."""
+        """Disconnect the link of a host (``down``), or reconnect it (``up``)."""
         ip("link", "set", f"{self.tag}{self.names.index(name) + 1}a", state)
 
     def run(self, name, *arguments, **options):
@@ -84,7 +84,7 @@ def hosts():
 
 @contextlib.contextmanager
 def dask_hosts(hosts, folder):
-    """Scheduler and two workers, each on its host; gives the address and the workers by host."""
+    """Start a scheduler and two workers, each on its host; yield the address and the workers by host."""
     environment = SETTINGS | clusters.ONE_THREAD
     address = f"tcp://{hosts.address('head')}:8786"
     head = (
@@ -139,7 +139,7 @@ compute_ledger(
 
 
 def pass_on(hosts, address, store):
-    """Begin a pass on the host ``client``; its standard output says how many chunks are done."""
+    """Start a pass on the host ``client``; its standard output states how many chunks are finished."""
     code = PASS.replace("{LIMITS}", repr(SMALL))
     return subprocess.Popen(
         ["ip", "netns", "exec", hosts.space("client"), sys.executable, "-c", code, address, str(store)],
@@ -150,7 +150,7 @@ def pass_on(hosts, address, store):
     )
 
 
-def begun(running):
+def started(running):
     """Wait until a pass has finished its first chunk."""
     assert running.stdout.readline(), running.communicate()[1]
 
@@ -176,7 +176,7 @@ def finish(running, store, expected):
 def test_a_host_that_loses_power_costs_nothing_but_its_work(hosts, tmp_path, store, expected):
     with dask_hosts(hosts, tmp_path) as (address, workers):
         running = pass_on(hosts, address, store)
-        begun(running)
+        started(running)
         kill(workers["one"])
         finish(running, store, expected)
 
@@ -190,7 +190,7 @@ def test_a_host_that_loses_power_costs_nothing_but_its_work_in_place(hosts, tmp_
     compute_small(tmp_path / "copied/trajectory.zarr", tmp_path / "copied/ledger.zarr")
     with dask_hosts(hosts, tmp_path) as (address, workers):
         running = pass_on(hosts, address, store)
-        begun(running)
+        started(running)
         kill(workers["one"])
         finish(running, store, bits(tmp_path / "copied/ledger.zarr"))
 
@@ -199,7 +199,7 @@ def test_a_host_that_loses_power_costs_nothing_but_its_work_in_place(hosts, tmp_
 def test_a_link_that_is_cut_and_may_come_back_changes_no_bit(hosts, tmp_path, store, expected, back):
     with dask_hosts(hosts, tmp_path) as (address, _):
         running = pass_on(hosts, address, store)
-        begun(running)
+        started(running)
         hosts.link("one", "down")
         restored = threading.Timer(20.0, hosts.link, ("one", "up")) if back else None
         if restored:
@@ -209,10 +209,10 @@ def test_a_link_that_is_cut_and_may_come_back_changes_no_bit(hosts, tmp_path, st
             restored.join()
 
 
-def test_a_client_that_is_cut_off_says_how_to_go_on_and_goes_on(hosts, tmp_path, store, expected):
+def test_a_disconnected_client_states_how_to_continue_and_continues(hosts, tmp_path, store, expected):
     with dask_hosts(hosts, tmp_path) as (address, _):
         running = pass_on(hosts, address, store)
-        begun(running)
+        started(running)
         hosts.link("head", "down")
         _, error = running.communicate(timeout=240)
         assert running.returncode != 0

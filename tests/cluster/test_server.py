@@ -58,7 +58,7 @@ def append(root, number):
     write_step(root / "run", number, random_walk(number + 1)[number])
 
 
-# Each test uses its own deployment names, because a flow that died with its test keeps its slot for minutes.
+# Each test uses its own deployment names, because a flow that ended with its test keeps its slot for minutes.
 
 
 def test_a_served_schedule_outlives_its_server(server, root, tmp_path):
@@ -85,7 +85,7 @@ def test_a_watcher_that_was_killed_is_followed_by_another(server, root, tmp_path
         wait_for(lambda: states(root, out) == {"run": ("done", 3)})
 
 
-def test_workers_of_a_pool_take_what_is_deployed(server, root, tmp_path):
+def test_workers_of_a_pool_run_the_deployed_code(server, root, tmp_path):
     out, prefect = tmp_path / "out", (sys.executable, "-m", "prefect")
     made = [*prefect, "work-pool", "create", "--type", "process", "here"]
     subprocess.run(made, env=os.environ | server.environment, check=True, capture_output=True)

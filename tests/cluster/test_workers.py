@@ -1,4 +1,4 @@
-"""Workers on which OUT is read-only, or another storage: mount namespaces on one machine."""
+"""Workers on which OUT is read-only or a different storage: mount namespaces on one machine."""
 
 import shlex
 

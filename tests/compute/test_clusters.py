@@ -1,4 +1,4 @@
-"""Test Dask clusters by name and by address: requests of jobs, and a pass whose workers and scheduler die.
+"""Test Dask clusters by name and by address: requests of jobs, and a pass whose workers and scheduler fail.
 
 Slurm is a stub: its `sbatch` starts the job script, which starts real workers.
 """
@@ -126,7 +126,7 @@ def test_a_pass_on_slurm_requests_configured_jobs_replaces_a_dead_job_and_has_th
     ):
         assert line in script.splitlines()
     assert "--nthreads 1" in script
-    # With the pass the cluster ends.
+    # The cluster ends with the pass.
     for number in map(int, (slurm / "jobs").read_text().split()):
         wait_for(lambda number=number: not psutil.pid_exists(number) or _is_zombie(number))
 
@@ -162,7 +162,7 @@ def test_an_unconfigured_batch_system_is_reported_with_its_section(name):
 def test_a_pass_on_kubernetes_requests_pods_of_one_thread_and_has_the_same_bits(
     tmp_path, arrays, expected, monkeypatch, form
 ):
-    """Replace the operator of Dask by a stub, whose pods are processes of this machine."""
+    """Replace the Dask operator by a stub, whose pods are processes of this machine."""
     asked, scaled = [], []
 
     class KubeCluster(LocalCluster):
@@ -302,7 +302,7 @@ def die(*arguments):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-die.__module__ = "__main__"  # workers receive it by value, and need not import this module
+die.__module__ = "__main__"  # workers receive it by value, so they do not import this module
 
 
 def test_a_task_whose_workers_die_repeatedly_is_reported_with_a_remedy(tmp_path):

@@ -1,4 +1,4 @@
-"""Test that every executor gives the same bits, with workers that die, and which executor a pass uses."""
+"""Test that every executor gives the same bits, even if workers fail, and which executor a pass uses."""
 
 import contextlib
 import dataclasses
@@ -284,7 +284,7 @@ def test_local_workers_are_bounded_by_the_plan_and_not_paused_below_it(cluster):
 @pytest.mark.parametrize(
     "address", ["tcp://127.0.0.1:{port}", "tls://127.0.0.1:{port}", "http://127.0.0.1", "host"]
 )
-def test_a_scheduler_that_does_not_answer_is_named(tmp_path, address):
+def test_a_scheduler_that_does_not_respond_is_named(tmp_path, address):
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))  # in use, but not listening
         address = address.format(port=bound.getsockname()[1])
@@ -364,7 +364,7 @@ def test_a_damaged_state_is_refused_by_every_executor_until_it_is_restored(tmp_p
 
 
 @pytest.mark.parametrize("how", ["compiled", "without the instruction", "replicates", "hvp"])
-def test_a_trusting_pass_does_not_compare_states_and_says_so(tmp_path, how):
+def test_a_trusting_pass_does_not_compare_states_and_reports_this(tmp_path, how):
     trajectory = stored(tmp_path, how)
     executor = without_the_instruction(executors.serial) if how == "without the instruction" else executors.serial
     compute = functools.partial(compute_small, trajectory, executor=executor)

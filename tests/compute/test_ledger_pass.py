@@ -122,7 +122,7 @@ def test_the_ledger_is_exact_from_every_stored_dtype(tmp_path, parameter, gradie
 
 
 def halo_repeated(located, boundaries):
-    """`Trajectory.locate` that returns the last row of a ledger chunk instead of the halo."""
+    """Version of `Trajectory.locate` that returns the last row of a ledger chunk instead of the halo."""
 
     def mutant(self, name, start, stop, column):
         found = located(self, name, start, stop, column)
@@ -134,7 +134,7 @@ def halo_repeated(located, boundaries):
 
 
 def shifted(located, array):
-    """`Trajectory.locate` that returns one array one step late."""
+    """Version of `Trajectory.locate` that returns one array one step late."""
 
     def mutant(self, name, start, stop, column):
         late = name == array and start > 0
@@ -211,7 +211,7 @@ def test_two_tilings_agree_to_rounding(tmp_path):
         open_ledger(ledger_of(tmp_path / str(chunk[1]), arrays, chunk)[0]).read() for chunk in (CHUNK, (7, 29))
     )
     assert (gram != other).any()
-    # The residual of another ratio is r' = r + (c - c') d.
+    # The residual for a different ratio is r' = r + (c - c') d.
     change = np.broadcast_to(np.eye(gram.shape[-1]), gram.shape).copy()
     change[..., RESIDUAL, VECTORS.index("displacement")] = ratio - its_ratio
     moved = change @ gram @ np.swapaxes(change, -1, -2)
@@ -227,7 +227,7 @@ def test_a_nan_affects_only_its_own_tensor_and_updates(tmp_path):
     clean, _ = open_ledger(ledger_of(tmp_path / "clean", arrays)[0]).read()
     arrays["gradient"][6, 41] = (
         np.nan
-    )  # in the second tensor's second part, in the state at the end of a ledger chunk
+    )  # in the second part of the second tensor, in the state at the end of a ledger chunk
     gram, ratio = open_ledger(ledger_of(tmp_path / "nan", arrays)[0]).read()
     spoiled = np.zeros_like(gram, dtype=bool)
     change, gradient = VECTORS.index("gradient_change"), VECTORS.index("gradient")
@@ -397,7 +397,7 @@ compute_ledger(LocalStorage(sys.argv[1]), LocalStorage(sys.argv[2]), limits={lim
         # The second may still be being written to the disk.
         pytest.param("stream", "products", 2 * 4 + 1, {1, 2}, id="in the third ledger chunk, at its first tile"),
         pytest.param(
-            # The first record is that of the numbers of all updates.
+            # The first record contains the numbers of all updates.
             "journal.Journal",
             "write",
             4,
@@ -452,7 +452,7 @@ def test_only_the_updates_of_new_steps_are_computed(tmp_path, caplog):
         computed = {update for first, last in tiles for update in range(first, last)}
         assert (summary.chunks, summary.computed_chunks) == counts
         assert summary.n_updates == stop - 1
-        # The update from the state that was the last is new too.
+        # The update from the former last state is also new.
         assert computed == set(range(max(done - 1, 0), stop - 1))
         assert summary.computed_updates == len(computed)
         assert (f"{len(computed)} of these updates are missing from the ledger" in caplog.text) == (done > 0)
@@ -545,7 +545,7 @@ def test_the_ledger_of_a_replaced_trajectory_is_not_used_for_the_new_one(tmp_pat
     ledger, _ = ledger_of(tmp_path, walk_arrays(ROWS, ELEMENTS))
     arrays = walk_arrays(ROWS, ELEMENTS, seed=1)
     arrays["parameter"][:7] = walk_arrays(ROWS, ELEMENTS)["parameter"][:7]
-    arrays["gradient"][:7] = walk_arrays(ROWS, ELEMENTS)["gradient"][:7]  # the first ledger chunk is as it was
+    arrays["gradient"][:7] = walk_arrays(ROWS, ELEMENTS)["gradient"][:7]  # the first ledger chunk is unchanged
     with pytest.raises(KeyboardInterrupt):
         ledger_of(tmp_path, arrays, executor=stopped_after(1))
     with pytest.raises(InputError, match="updates 12 to 18 are missing"):

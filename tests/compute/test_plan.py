@@ -44,7 +44,7 @@ def test_chunks_are_complete_steps_of_about_a_million_elements_with_little_paddi
     # The smallest possible number of columns, and less than one element of padding in each.
     assert columns == math.ceil(elements / INGEST.chunk_elements)
     assert columns * width - elements < columns
-    # Slightly more steps than the run has, or as many as fit if it has more.
+    # Slightly more steps than the run has, or, if it has more, as many as fit.
     assert steps <= max(INGEST.minimum_steps, 2 * (states - 1))
     assert steps >= min(states, INGEST.chunk_elements // width)
 
@@ -160,9 +160,9 @@ def test_the_projected_memory_of_a_worked_example_is_its_documented_sum():
     plan = plan_pass(states=400, elements=2_500_000, chunk=(1, 833_334), itemsizes=(4, 4), tensors=6, vectors=5)
     assert plan.updates_per_chunk == 32
     assert (plan.read_states, plan.read_elements) == (1, 131_072)
-    seen = 2 * 131_072 * 4 + 2 * 131_072 * 4  # parameter, gradient: a row and the one before
+    seen = 2 * 131_072 * 4 + 2 * 131_072 * 4  # parameter, gradient: a row and the previous one
     entry = (5 * 5 + 1) * 8  # the products and the ratio of one row of one segment
-    segments = 6 + 3 + 6  # each boundary of a column may cut a tensor in two, and each of its seven pieces
+    segments = 6 + 3 + 6  # each boundary of a column may divide a tensor, and each part is a segment
     checksums = 33 * 2 * 3 * 4  # of each state, array and column: recorded, decoded and kept
     assert (
         plan.projected_bytes == LIMITS.reserved_bytes + seen + 32 * entry * (3 * segments + 2 * 6) + 3 * checksums

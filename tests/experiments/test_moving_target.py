@@ -1,4 +1,4 @@
-"""A loss that changes with time: the model extended by time, against whole vectors and against closed forms."""
+"""Compare a model extended by time, for a loss that changes with time, with complete vectors and closed forms."""
 
 from dataclasses import replace
 
@@ -42,7 +42,7 @@ def test_gradient_and_time_derivative_are_those_of_the_loss(first, second, time,
     with mp.workdps(60):
         at = (mpf(first), mpf(second), mpf(time))
         slopes = [diff(loss, at, order) for order in ((1, 0, 0), (0, 1, 0), (0, 0, 1))]
-        # theta - c is off by the rounding of the turn, frequency x time, and of two functions of it; |H| < 3.
+        # theta - c is off by the rounding of the phase, frequency x time, and of two functions of it; |H| < 3.
         off = 20 * U * (8 + frequency * time)
         theta = np.array([first, second])
         assert abs(moving.loss(theta, time) - loss(*at)) <= 3 * off * 5
@@ -51,7 +51,7 @@ def test_gradient_and_time_derivative_are_those_of_the_loss(first, second, time,
 
 
 @given(st.integers(0, 99), st.floats(0, 10), st.sampled_from(RULES))
-def test_the_loss_falls_along_the_flow_as_the_rules_say(seed, time, rule):
+def test_the_loss_falls_along_the_flow_as_derived(seed, time, rule):
     moving = MovingTarget(BOWL, 1.5)
     theta = np.random.default_rng(seed).standard_normal(2)
     gradient, slope = moving.gradient(theta, time), moving.time_derivative(theta, time)
@@ -89,7 +89,7 @@ def at(tree, group, descent="gradient"):
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_every_row_of_the_model_is_the_pair_of_whole_vectors_and_time(runs, rule):
+def test_every_update_of_the_model_is_the_pair_of_complete_vectors_and_time(runs, rule):
     log, moving, tree = runs[rule]
     losses, rates, arrays = read_log(log)
     theta, gradient = arrays["parameter", "theta"], arrays["gradient", "theta"]
@@ -115,7 +115,7 @@ def test_steepest_descent_on_the_current_loss_may_not_decrease_the_moving_loss(r
     assert (tensor["status"] == Status.EFFECTIVE).all()
     assert (tensor["angle"] <= tensor["angle_uncertainty"] + 1e-13).all()
     assert set(np.unique(model["status"])) == {Status.EFFECTIVE, Status.OBTUSE}
-    # Once it has caught up it lags behind the target on a circle, and the loss rises in about half of the turns.
+    # Once it has caught up, it lags behind the target on a circle, and the loss rises in about half of the steps.
     assert 0.2 < float(model["effective"][100:].mean()) < 0.8
 
 
@@ -132,7 +132,7 @@ def test_the_discrete_gradient_in_time_and_parameters_explains_the_change_of_the
     model = at(tree, "model", "corrected")
     rises = model["loss_decrease"].values < 0
     np.testing.assert_array_equal(model["status"] == Status.OBTUSE, rises)
-    # y.g is computed as -dL / eta: a handful of roundings.
+    # y.g is computed as -dL / eta, with a few roundings.
     assert np.abs(model["discrete_identity_residual"]).max() <= 10 * U
 
 

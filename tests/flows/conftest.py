@@ -10,7 +10,7 @@ from servers import QUIET, PrefectServer
 
 
 def end_clients():
-    """End the threads that send events and logs: they would send those of later tests to the same server."""
+    """End the threads that send events and logs; otherwise they would send those of later tests to this server."""
     from prefect.events.worker import EventsWorker
     from prefect.logging.handlers import APILogWorker
 

@@ -23,7 +23,7 @@ orchestration = Lazy("prefect.client.orchestration")
 prefect_commands = Lazy("prefect.testing.cli")
 settings = Lazy("prefect.settings")
 
-# A server is ready after some ten seconds, or minutes where a machine is busy.
+# A server is ready after about ten seconds, or after minutes on a busy machine.
 pytestmark = pytest.mark.timeout(1200)
 
 STEPS = 12
@@ -58,7 +58,7 @@ def root(tmp_path):
     write_log(tmp_path / "logs" / "group" / "second", random_walk(2, seed=1))
     bad = write_step(tmp_path / "logs" / "bad", 0, random_walk(1)[0])
     bad.write_bytes(bad.read_bytes()[:-5])
-    # Nobody has written to it for an hour: it is not still being written.
+    # It was last written an hour ago, so it is no longer being written.
     os.utime(bad, (time.time() - 3600,) * 2)
     return tmp_path / "logs"
 
@@ -81,7 +81,7 @@ def test_a_schedule_processes_new_steps_and_an_invalid_run_fails_alone(server, r
     assert [row["run"] for row in told if row["error"]] == ["bad"]
 
 
-def test_two_scans_at_once_process_every_run_once(server, tmp_path):
+def test_two_concurrent_scans_process_every_run_once(server, tmp_path):
     runs = 3
     for number in range(runs):
         write_log(tmp_path / "logs" / f"twice-{number}", random_walk(3, seed=number))
@@ -141,7 +141,7 @@ def test_a_killed_flow_is_marked_and_its_run_continues(server, tmp_path):
     ended = {run.id: run.state for run in flow_runs(server) if run.name == "process-run killed"}
     assert ended.pop(left.id).is_crashed()
     assert [state.name for state in ended.values()] == ["Completed"]
-    # What the dead one had ingested was not read again.
+    # The steps that the killed scan had ingested were not read again.
     assert scan.Outcome.of(out / "killed").summary["new_steps"] == 0
 
 
@@ -178,7 +178,7 @@ def test_a_run_of_a_scan_adds_little_to_the_history_and_old_flow_runs_are_delete
         made = {run.id for run in flow_runs(server) if run.name.startswith("process-run small-")}
         assert not [one for one in client.read_artifacts() if one.flow_run_id in made]
         assert not [one for one in client.read_task_runs() if one.flow_run_id in made]
-    # The server stores events a few seconds later: that a run started, and that it ended.
+    # The server stores events, here the start and the end of a run, a few seconds later.
     wait_for(lambda: all(len(events(server).get(str(one), ())) == 2 for one in made))
     assert all(length < 1500 for one in made for length in events(server)[str(one)])
     assert scanned("--keep-days", "1") == 0

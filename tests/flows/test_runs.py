@@ -76,7 +76,7 @@ def test_run_names_and_artifacts_identify_the_run(log, tmp_path):
     runs.process_run(log, out, workers=1)
     assert {"ingest Run 7", "analyze Run 7", "report Run 7"} <= set(task_runs())
     assert flow_runs()["process-run Run 7"].tags == ["run:Run 7"]
-    # A request for each tag: the server's places for it.
+    # One request for each tag, for its limit of concurrent tasks.
     assert not task_runs()["ingest Run 7"].tags
     (table,) = artifacts("analyzed-run-7")
     assert "effective 7" in table or "'effective': 7" in table
@@ -84,7 +84,7 @@ def test_run_names_and_artifacts_identify_the_run(log, tmp_path):
     assert (out / "report.html").absolute().as_uri() in link
 
 
-def test_bad_input_fails_at_once_with_its_message(tmp_path):
+def test_bad_input_fails_immediately_with_its_message(tmp_path):
     with pytest.raises(InputError, match="no step files"):
         runs.process_run(_empty(tmp_path / "nothing"), tmp_path / "bad", workers=1)
     failed = flow_runs()["process-run bad"]
@@ -110,7 +110,7 @@ def test_a_second_flow_processes_new_steps(log, tmp_path):
 
 
 def test_an_error_that_may_heal_is_retried(log, tmp_path):
-    # Another process holds the lock of the trajectory until the first try has failed.
+    # Another process holds the lock of the trajectory until the first attempt has failed.
     out = tmp_path / "heals"
     with subprocess.Popen([sys.executable, "-c", WRITER, out], stdout=subprocess.PIPE, text=True) as writer:
         assert writer.stdout.readline() == "writing\n"
@@ -186,7 +186,7 @@ def test_a_folder_with_a_run_file_is_one_run_of_a_scan(tmp_path):
     write_log(folder, [{k: v for k, v in state.items() if k != "loss"} for state in random_walk(4)])
     (folder / "metrics.csv").write_text("step,loss\n0,0.5\n1,0.25\n")
     (folder / "run.toml").write_text('[[source]]\npath = "."\n[[source]]\npath = "metrics.csv"\n')
-    # The file of a logger alone is not a run.
+    # The file of a logger without states is not a run.
     (tmp_path / "logs" / "scalars").mkdir()
     (tmp_path / "logs" / "scalars" / "metrics.csv").write_text("step,loss\n0,1.0\n")
 
@@ -199,7 +199,7 @@ def test_a_folder_with_a_run_file_is_one_run_of_a_scan(tmp_path):
     # The last state of a run may lack its loss.
     np.testing.assert_equal(scanned(), (1, 0, [0.5, 0.25, np.nan]))
     np.testing.assert_equal(scanned(), (0, 1, [0.5, 0.25, np.nan]))
-    # A step that the log of scalars lacks is stored once nobody has written to it for long.
+    # A step that is missing in the log of scalars is stored when the log has not been written to for a long time.
     for path in (*folder.iterdir(), folder):
         os.utime(path, (time.time() - 2 * changes.SETTLED_SECONDS,) * 2)
     np.testing.assert_equal(scanned(), (1, 0, [0.5, 0.25, np.nan, np.nan]))
@@ -242,7 +242,7 @@ def test_options_that_depend_on_each_other_or_on_the_steps_are_checked_before_an
         assert not (tmp_path / "never" / "trajectory.zarr").exists()
 
 
-def test_many_runs_at_once_fail_alone_and_compute_only_new_steps(tmp_path):
+def test_many_concurrent_runs_fail_alone_and_compute_only_new_steps(tmp_path):
     logs, out = tmp_path / "logs", tmp_path / "out"
     for number in range(3):
         write_log(logs / f"many-{number}", random_walk(4, seed=number))

@@ -14,7 +14,7 @@ from logs import random_walk, write_log
 from natgrad.app import scan
 from servers import QUIET, PrefectServer, free_port, wait_for
 
-# A server is ready after some ten seconds, or minutes where a machine is busy.
+# A server is ready after about ten seconds, or after minutes on a busy machine.
 pytestmark = pytest.mark.timeout(1200)
 
 HANGING = """
@@ -70,7 +70,7 @@ def test_a_scan_without_a_server_starts_one_that_must_be_able_to_read_its_databa
 
 @pytest.fixture
 def home(server, tmp_path):
-    """Return the folder of a server that need not create its database, which takes some seconds."""
+    """Return the folder of a server with an existing database, because creating one takes a few seconds."""
     home = tmp_path / "prefect"
     home.mkdir()
     shutil.copy(server.empty, home / "prefect.db")
@@ -100,7 +100,7 @@ def test_a_scan_that_is_killed_leaves_no_server_and_no_other_process(tmp_path):
         pass
 
 
-def test_a_server_that_is_missing_or_does_not_answer_is_an_error(server, root, tmp_path):
+def test_a_server_that_is_missing_or_does_not_respond_is_an_error(server, root, tmp_path):
     nobody = f"http://127.0.0.1:{free_port()}/api"
     done = natgrad_scan(root, tmp_path / "out", environment(tmp_path, PREFECT_API_URL=nobody))
     assert done.returncode == 2

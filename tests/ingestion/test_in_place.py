@@ -66,7 +66,7 @@ def content(out):
 
 
 def copied_arrays(out):
-    """Return the arrays of which a trajectory contains states."""
+    """Return the arrays whose states a trajectory contains."""
     names = open_trajectory(out / "trajectory.zarr").array_dtypes
     return {name for name in names if any((out / "trajectory.zarr" / name / "c").glob("**/*"))}
 
@@ -381,7 +381,7 @@ def test_an_ingest_that_no_pass_followed_can_be_repeated_for_a_moved_log(tmp_pat
 
 
 def restart(folder, first, count, seed=5):
-    """Overwrite the steps of a log from ``first`` on, as a run does that was restarted from an older state."""
+    """Overwrite the steps of a log from ``first`` on, like a run that was restarted from an older state."""
     for number, state in enumerate(random_walk(count, TENSORS, seed=seed)[first:], first):
         write_step(folder, number, state)
 
@@ -432,7 +432,7 @@ OPENERS = {open_trajectory: "trajectory.zarr", open_ledger: "ledger.zarr"}
 # Settings ------------------------------------------------------------------------------------------------------
 
 
-def test_a_trajectory_of_copies_stays_one(tmp_path):
+def test_a_trajectory_of_copies_is_not_continued_in_place(tmp_path):
     write_log(tmp_path / "log", random_walk(3, TENSORS))
     ingest(tmp_path / "log", tmp_path / "trajectory.zarr")
     with pytest.raises(InputError, match="the trajectory was created with copies of the states") as caught:
@@ -499,7 +499,7 @@ def test_states_can_be_copied_before_a_pass_and_a_damaged_file_copies_nothing(tm
     assert content(tmp_path / "out") == content(tmp_path / "copied")
 
 
-def test_states_of_an_older_attempt_that_are_gone_are_not_copied(tmp_path):
+def test_removed_states_of_an_older_attempt_are_not_copied(tmp_path):
     write_log(tmp_path / "log", random_walk(STATES, TENSORS))
     process(tmp_path / "log", tmp_path, in_place=True, **SMALL)
     restart(tmp_path / "log", 4, STATES + 2)

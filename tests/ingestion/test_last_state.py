@@ -38,7 +38,7 @@ def only_parameters(state):
 
 
 def cut(states):
-    """Return states of which the last one has only parameters."""
+    """Return states, the last of which has only parameters."""
     return [*states[:-1], only_parameters(states[-1])]
 
 
@@ -56,7 +56,7 @@ def write_npz(folder, states, first=0):
 
 
 def stacked(states):
-    """Stack states along a new first axis. An array is as long as the number of states that have it."""
+    """Stack states along a new first axis. The length of an array is the number of states that have it."""
     arrays = {key: np.stack([state[key] for state in states if key in state]) for key in states[0]}
     return arrays | {"step": np.arange(len(states))}
 
@@ -197,7 +197,7 @@ def labels(out, attempt=None, windows=(1,)):
 
 
 @pytest.mark.parametrize("writer", WRITERS)
-def test_a_log_that_grows_gives_the_same_as_one_that_is_ingested_at_once(tmp_path, writer):
+def test_a_growing_log_gives_the_same_as_one_ingested_in_one_pass(tmp_path, writer):
     write, states, options = WRITERS[writer], random_walk(STATES), options_of(writer)
     for count in (2, 3, STATES):
         sources = write(tmp_path / "grown", cut(states[:count]), max(count - 3, 0))
@@ -387,7 +387,7 @@ def test_an_incomplete_state_that_was_removed_from_the_log_is_kept_with_a_warnin
     assert np.isnan(found["gradient_norm"].sel(step=2)).all()
 
 
-def test_a_sweep_of_growing_runs_gives_the_results_of_one_that_is_ingested_at_once(tmp_path):
+def test_a_sweep_of_growing_runs_gives_the_results_of_one_ingested_in_one_pass(tmp_path):
     walks = {"a": random_walk(STATES), "b": random_walk(STATES, seed=1), "c": random_walk(STATES, seed=2)}
     for count in (2, 3, STATES):
         for run, states in walks.items():
@@ -527,7 +527,7 @@ def test_a_process_killed_while_it_completes_the_state_loses_nothing(tmp_path, c
 
 
 def replace_steps(folder, states, first):
-    """Write steps as a trainer does that renames complete files."""
+    """Write steps like a trainer that renames complete files."""
     write_native(folder.with_name("aside"), states, first)
     for number in range(first, len(states)):
         name = f"step_{number}.safetensors"
@@ -535,7 +535,7 @@ def replace_steps(folder, states, first):
 
 
 def wait_for_states(out, states, lacking):
-    """Wait until a trajectory has a number of states, of which the last is provisional or not."""
+    """Wait until a trajectory has a number of states and the last one is provisional or not."""
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
         if (out / "trajectory.zarr" / "zarr.json").exists():
@@ -546,7 +546,7 @@ def wait_for_states(out, states, lacking):
     raise AssertionError(f"there are no {states} states, with the last {'in' if lacking else ''}complete")
 
 
-def test_a_log_that_is_followed_gives_the_same_as_one_that_is_ingested_at_once(tmp_path):
+def test_a_followed_log_gives_the_same_as_one_ingested_in_one_pass(tmp_path):
     states, out = random_walk(STATES), tmp_path / "out"
     (log,) = write_native(tmp_path / "log", cut(states[:2]))
     words = ["process", log, out, "--follow", "--interval", "0.2", "--workers", "1", "--json"]

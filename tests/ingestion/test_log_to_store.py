@@ -1,4 +1,4 @@
-"""Ingest of logs into a trajectory: each step exactly once, or an error that leaves nothing behind."""
+"""Ingest of logs into a trajectory: each step exactly once, or an error that leaves no files."""
 
 import functools
 import itertools
@@ -216,7 +216,7 @@ CHANGES = {
     "loss": lambda s: s.update({"loss": s["loss"] + 1}),
     "learning_rate": lambda s: s.pop("learning_rate"),
     "different tensors": lambda s: s.update({"parameter/more": np.ones(1), "gradient/more": np.ones(1)}),
-    # The stored float32 are the rounded values of these: not the same content.
+    # The stored float32 values are these values rounded, so the content is different.
     "dtypes": lambda s: s.update({"gradient/scale": s["gradient/scale"].astype(np.float64) * (1 + 1e-12)}),
 }
 

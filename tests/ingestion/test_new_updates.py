@@ -146,7 +146,7 @@ def test_a_restarted_run_is_followed_before_it_reaches_its_former_end(ingest_run
     log_steps(log, second, [6, 7])
     assert ingest_run(log, out).new_steps == 3
     assert [row[:2] for row in stored_states(out)[10:]] == [(5, 1), (6, 1), (7, 1)]
-    assert ingest_run(log, out).new_steps == 0  # 8 and 9 are those of the attempt before
+    assert ingest_run(log, out).new_steps == 0  # steps 8 and 9 belong to the previous attempt
     assert ingest_run(log_steps(log, second, range(8, 12)), out).last_step == 11
     assert [row[:2] for row in stored_states(out)[10:]] == [(n, 1) for n in range(5, 12)]
     for (step, _, parameter), state in zip(stored_states(out), [*first, *second[5:]], strict=True):
@@ -197,7 +197,7 @@ def test_a_run_with_one_state_since_its_restart_has_no_update_yet(log, out):
         analyze_run(out, SERIAL)
 
 
-def test_a_restart_costs_the_ledger_chunks_of_its_updates_only(log, out):
+def test_a_restart_recomputes_only_the_ledger_chunks_of_its_updates(log, out):
     chunks = IngestLimits(chunk_elements=2 * ELEMENTS)
     limits = PlanLimits(least_tile_bytes=1, chunks_of_small_run=2, least_updates=1)
     ingest_run(log_steps(log, random_walk(9), range(9)), out, limits=chunks)
@@ -332,7 +332,7 @@ def test_a_run_copied_over_another_one_is_found_by_its_contents(tmp_path, log, o
 def test_one_step_rewritten_with_its_size_and_time_is_refused(log, out, step):
     ingest_run(log_at_one_time(log, random_walk(5)), out)
     os.utime(write_step(log, step, random_walk(5, seed=1)[step]), ns=SAME_TIME)
-    if step == 4:  # the last step: of a run that was restarted before it
+    if step == 4:  # the last step is from a run that was restarted before it
         assert ingest_run(log, out).attempts == 2
         return
     with pytest.raises(InputError, match=f"step {step} is already ingested, with "):
@@ -390,7 +390,7 @@ def test_the_same_contents_elsewhere_continue_without_a_second_ingest(tmp_path, 
         np.testing.assert_array_equal(parameter, flat(state))
 
 
-def test_if_anything_changed_the_last_step_is_read_too(log, out, opened):
+def test_if_anything_changed_the_last_step_is_also_read(log, out, opened):
     ingest_run(log_at_one_time(log, random_walk(6)), out)
     opened.clear()
     ingest_run(log, out)
@@ -425,7 +425,7 @@ def write_sweep(folder, lengths, begin=0):
     return folder
 
 
-def test_a_sweep_is_the_results_of_its_runs_on_an_axis_of_their_own(tmp_path, out):
+def test_a_sweep_has_the_results_of_its_runs_on_a_separate_axis(tmp_path, out):
     lengths = [5, 9, 2, 7]
     ingest_run(write_sweep(tmp_path / "sweep", lengths), out, sweep=True)
     analyze_run(out, Analysis(workers=1, windows=(1, 3)))

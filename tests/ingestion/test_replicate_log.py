@@ -1,4 +1,4 @@
-"""Replicates of a stochastic rule from a log to labelled results, against the vectors themselves."""
+"""Replicates of a stochastic rule from a log to labelled results, compared with results of the vectors."""
 
 import itertools
 import json
@@ -47,7 +47,7 @@ U = 2.0**-53
 def noisy_run(seed=0, steps=STEPS, count=COUNT, dtype="float32", noise=1.0):
     """Arrays of a noisy descent of a quadratic loss, by the mean of ``count`` draws of the update at each state.
 
-    All are as they are logged: parameter, gradient (step, element), replicate_parameter and replicate_hvp
+    All have their logged form: parameter, gradient (step, element), replicate_parameter and replicate_hvp
     (step, replicate, element), loss (step), replicate_loss (step, replicate).
     """
     rng = np.random.default_rng(seed)
@@ -69,7 +69,7 @@ def noisy_run(seed=0, steps=STEPS, count=COUNT, dtype="float32", noise=1.0):
 
 
 def by_tensor(values):
-    """Cut arrays (..., element) into tensors of their shapes, elements last."""
+    """Divide arrays (..., element) into tensors of their shapes, elements last."""
     return {
         t.name: values[..., t.offset : t.stop].reshape(*values.shape[:-1], *t.shape)
         if t.shape
@@ -129,7 +129,7 @@ def gram_of(run):
 
 
 def gram_bound(run):
-    """Bound of the rounding of every entry of a ledger of the replicates, by whatever order it is summed.
+    """Bound of the rounding of every entry of a ledger of the replicates, in any order of summation.
 
     An entry is a sum of n products, and each of the two vectors is formed before: of a displacement (one rounding)
     their mean (R more, of values as large as the largest), and the deviation from it (one more).
@@ -231,7 +231,7 @@ def exact_replicates(run, row):
 
 
 def test_equation_19_from_a_log_is_that_of_exact_arithmetic(tmp_path):
-    # Every second update bends against itself: eq. (19) is definite, and needs a weight.
+    # The Hessian of every second update has the opposite sign: eq. (19) is definite, and needs a weight.
     run = noisy_run(seed=3, steps=5, noise=0.3)
     run["replicate_hvp"][1::2] *= -1
     tree = process(record(tmp_path / "log", run), tmp_path / "out")
@@ -259,7 +259,7 @@ def test_equation_19_from_a_log_is_that_of_exact_arithmetic(tmp_path):
         ]
         parts += [(lacking, summed), (exact_dot(deviation, deviation), summed)]
         tolerance = 4 * float(rounding * sum(whole / abs(part) for part, whole in parts))
-        assert tolerance < 1e-9  # nine digits, of sums that a wrong sign or step changes in the first
+        assert tolerance < 1e-9  # nine digits; a wrong sign or step changes the first one
         assert float(at["alignment"]) == pytest.approx(float(c), rel=tolerance)
         assert float(at["angle"]) == pytest.approx(float(angle), abs=4 * rounding / float(mp.sin(angle)))
         assert float(at["stochastic_alpha"]) == pytest.approx(float(alpha), rel=tolerance)
@@ -321,7 +321,7 @@ def test_a_longer_run_computes_only_new_updates_with_the_bits_of_one_pass(tmp_pa
 @pytest.mark.parametrize(
     ("dtype", "steps", "hvp"), [("float32", 1, True), ("bfloat16", 3, True), ("float16", 64, False)]
 )
-def test_the_bits_do_not_depend_on_who_computes_them_or_on_what_is_read_at_a_time(tmp_path, dtype, steps, hvp):
+def test_the_bits_do_not_depend_on_the_executor_or_on_the_amount_read_at_a_time(tmp_path, dtype, steps, hvp):
     arrays = drawn_arrays(dtype, hvp)
     trajectory = write_trajectory(tmp_path / "trajectory.zarr", arrays, CUT, (steps, 40))
     summary = compute_ledger(trajectory, tmp_path / "serial.zarr", limits=SMALL)
@@ -618,7 +618,7 @@ def test_a_flipped_bit_of_a_replicate_is_found_by_its_name(out, tmp_path):
     assert {damage.array for damage in verify_run(copy)} == {"replicate_parameter/3"}
 
 
-def test_new_steps_and_a_restart_keep_what_is_done(run, out, tmp_path):
+def test_new_steps_and_a_restart_keep_finished_work(run, out, tmp_path):
     whole = read_results(RunFolder.of(out).results)["replicates"]
     log = record(tmp_path / "log", {name: values[:4] for name, values in run.items()})
     ledger_alone(log, tmp_path / "run")
@@ -665,7 +665,7 @@ def test_a_sweep_has_the_replicates_of_each_run(tmp_path):
 # Unknown values -----------------------------------------------------------------------------------------------
 
 
-def test_without_a_learning_rate_or_after_a_divergence_the_status_says_so(run, tmp_path):
+def test_without_a_learning_rate_or_after_a_divergence_the_status_states_this(run, tmp_path):
     steps = steps_of(run)
     for step, rate in ((0, 0.0), (1, None)):
         steps[step].pop("learning_rate")

@@ -1,4 +1,4 @@
-"""Runs without gradients: norms, losses and the metric of the optimizer, and nothing that needs a gradient."""
+"""Runs without gradients: norms, losses and the metric of the optimizer, without results that need a gradient."""
 
 import json
 
@@ -74,7 +74,7 @@ def test_the_results_have_norms_and_losses_but_no_angle(tmp_path):
     model = tree["model"].to_dataset()
     theta = parameters(states)
     sizes, moves = np.linalg.norm(theta, axis=1)[:-1], np.linalg.norm(np.diff(theta, axis=0), axis=1)
-    # 17 products and their sum: each is off by at most 1e-14 of the norms, and so are the norms.
+    # 17 products and their sum: the error of each is at most 1e-14 of the norms, as is that of the norms.
     for name, expected in (
         ("parameter_norm", sizes),
         ("displacement_norm", moves),
@@ -174,7 +174,7 @@ def test_hessian_vector_products_without_gradients_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("optimizer", [True, False])
-def test_what_is_not_trained_is_omitted_from_checkpoints(tmp_path, optimizer):
+def test_tensors_that_are_not_trained_are_omitted_from_checkpoints(tmp_path, optimizer):
     torch.manual_seed(0)
     layers = [torch.nn.Linear(5, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 1)]
     layers[2].bias.requires_grad = False

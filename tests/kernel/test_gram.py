@@ -38,7 +38,7 @@ def states(rows, elements, dtype, seed, scale=1.0):
     [*((d, d) for d in DTYPES), ("bfloat16", "float32"), ("float32", "float16")],
 )
 def test_every_entry_is_exact_to_rounding_from_every_storage_dtype(parameter_dtype, gradient_dtype, with_hvp):
-    # One element, a block of which a sample is taken, and more than a block.
+    # One element, a block that is sampled, and more than a block.
     parameter, _ = states(3, 1700, parameter_dtype, seed=1)
     _, gradient = states(3, 1700, gradient_dtype, seed=2)
     hvp = states(3, 1700, gradient_dtype, seed=3)[1] if with_hvp else None
@@ -53,7 +53,8 @@ def assert_exact(actual, rows, ratio, hvp):
     vectors = exact_vectors(*rows, ratio, hvp)
     expected = exact_gram(vectors)
     norms = np.sqrt(np.diagonal(expected))
-    # A residual is the difference of two vectors in float64, and costs roundings of these whatever is left of it.
+    # A residual is the difference of two vectors in float64. Its rounding is relative to these, however small it
+    # is.
     norms[RESIDUAL] += norms[GRADIENT] + abs(ratio) * norms[DISPLACEMENT]
     # Forming d, e and r in float64 costs up to three roundings of u times their (larger) parts.
     bound = 2.0 * ledger_sums.roundoff_bound(len(vectors[0])) * np.outer(norms, norms)
@@ -62,7 +63,7 @@ def assert_exact(actual, rows, ratio, hvp):
     np.testing.assert_array_equal(actual, actual.T)
 
 
-# What the processor takes at a time, one less and one more.
+# The number of elements that the processor handles at a time, one less and one more.
 LENGTHS = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65)
 
 
@@ -116,13 +117,13 @@ def test_every_word_of_a_two_byte_dtype_has_its_value(dtype):
         words = np.arange(1 << 16, dtype=np.uint16).view(DTYPES[dtype])
     column = np.ascontiguousarray(np.stack([words, words]))
     out, _ = products(column, column, cuts=range(1, len(words)))
-    with np.errstate(invalid="ignore"):  # signalling NaNs are among the words
+    with np.errstate(invalid="ignore"):  # some of the words are signalling NaNs
         square = words.astype(np.float64) ** 2
         product = np.where(np.isfinite(square), square, np.nan)
         marked = np.where((square == 0) & (words != 0), 5e-324, product)
-    # Only a word that is not finite has the square NaN, and only zero has the square 0.
+    # The square is NaN only for words that are not finite, and 0 only for zero.
     np.testing.assert_array_equal(out[0, :, 0, 0], marked)
-    # The difference of two infinities is not a number, and the gradient's products are made of its parts.
+    # The difference of two infinities is NaN, and the products of the gradient are sums of those of its parts.
     np.testing.assert_array_equal(out[0, :, 0, GRADIENT], product)
 
 
@@ -137,7 +138,7 @@ def test_the_bits_of_an_update_do_not_depend_on_other_updates():
 
 @pytest.mark.parametrize("with_hvp", [False, True])
 def test_the_bits_of_a_segment_do_not_depend_on_other_segments(with_hvp):
-    # Blocks and less of more than a stretch in all, and longer ones between them.
+    # Segments of up to a block, more than a cache block in total, with longer ones between them.
     lengths = [*LENGTHS, *[gram.BLOCK] * 9, gram.BLOCK + 1, 700, *[900] * 9, 0, 3000, 2]
     cuts = np.cumsum(lengths)
     parameter, gradient = states(4, cuts[-1], "float32", seed=13)
@@ -160,7 +161,7 @@ def test_segments_add_up_to_the_complete_tensor(cuts, seed):
     parts, ratios = products(parameter, gradient, cuts)
     total, common = ledger_sums.combine(parts, ratios)
     vectors = exact_vectors(parameter[0], parameter[1], gradient[0], gradient[1], common[0])
-    # Two cuts differ by the bound at most; the residuals are of different ratios.
+    # Two divisions differ by at most the bound; the residuals have different ratios.
     np.testing.assert_array_equal(total, np.swapaxes(total, -1, -2))
     assert_gram_close(total[0], exact_gram(vectors), 3000, slack=4.0)
     keep = [0, DISPLACEMENT, GRADIENT, 3]
@@ -186,7 +187,8 @@ def test_the_residual_is_small_where_gradient_and_displacement_are_nearly_parall
     parameter = np.stack([np.zeros(elements), -0.1 * gradient[0] * (1 + 1e-7 * rng.standard_normal(elements))])
     out, _ = products(parameter, gradient)
     relative = np.sqrt(out[0, 0, RESIDUAL, RESIDUAL] / out[0, 0, GRADIENT, GRADIENT])
-    # The angle is about 1e-7 and the sampled ratio as exact: the residual keeps it, gradient.gradient cannot.
+    # The angle and the error of the sampled ratio are about 1e-7: the residual preserves it, gradient.gradient
+    # cannot.
     assert relative < 1e-6
 
 
@@ -201,7 +203,7 @@ def test_an_update_that_moves_few_elements_has_a_ratio():
 
 @pytest.mark.parametrize("elements", [64, 600, gram.BLOCK, gram.BLOCK + 1])
 def test_a_poor_estimate_of_the_ratio_is_corrected_for_every_position_of_missed_elements(elements):
-    # Row k moves element k most, by gradient / -3; the others, which any sample sees, by the gradient itself.
+    # Update k moves element k most, by gradient / -3, and the others, which any sample contains, by the gradient.
     displacement = np.full((elements, elements), 1e-4)
     np.fill_diagonal(displacement, 1.0)
     gradient = np.where(np.eye(elements, dtype=bool), -3.0, 1e-4)
@@ -232,7 +234,7 @@ def test_values_that_are_not_finite_affect_only_their_own_updates_and_segments(b
     np.testing.assert_array_equal(out[:, 0], clean[:, 0])
     np.testing.assert_array_equal(ratio[:, 0], clean_ratio[:, 0])
     np.testing.assert_array_equal(out[0], clean[0])
-    # Row 1 meets it as its next gradient only: all but gradient_change stands.
+    # Update 1 contains it only as its next gradient: all products except those of gradient_change are unaffected.
     keep = np.ix_([0, 1, 2, 4], [0, 1, 2, 4])
     np.testing.assert_array_equal(out[1, 1][keep], clean[1, 1][keep])
     assert not np.isfinite(out[1, 1, 3, 3])
@@ -243,7 +245,7 @@ def test_values_that_are_not_finite_affect_only_their_own_updates_and_segments(b
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e200])
 @pytest.mark.parametrize("elements", [1, 9, 40, 600, gram.BLOCK, 5000])
 def test_a_displacement_that_is_not_finite_has_ratio_zero_at_every_position(elements, bad):
-    # Its square of 1e200 is infinite, so it leaves no ratio either; but such a gradient is what it was.
+    # The square of 1e200 is infinite, so it has no ratio either, but the gradient is unaffected.
     for element in sorted({0, elements // 4, elements - 1}):
         parameter, gradient = states(2, elements, "float64", seed=17)
         clean, _ = products(parameter, gradient)
@@ -275,8 +277,8 @@ def test_a_gradient_that_is_not_finite_affects_only_its_own_products(elements):
 @pytest.mark.parametrize(
     ("value", "square"), [(0.0, 0.0), (5e-324, 5e-324), (1e-200, 5e-324), (1e200, np.inf), (np.inf, np.nan)]
 )
-def test_the_square_of_every_vector_tells_zero_underflow_overflow_and_not_finite_apart(elements, value, square):
-    # One element decides, wherever it is.
+def test_the_square_of_every_vector_distinguishes_zero_underflow_overflow_and_not_finite(elements, value, square):
+    # One element decides, at any position.
     for element in {0, elements // 2, elements - 1}:
         zeros = np.zeros((2, elements))
         changed = zeros.copy()
@@ -295,7 +297,7 @@ def test_the_square_of_every_vector_tells_zero_underflow_overflow_and_not_finite
 
 
 def test_a_sample_with_a_ratio_beyond_all_others_is_replaced():
-    # The sampled elements hardly move, so that their ratio is 2**80 or 2**600 times that of the tensor.
+    # The sampled elements hardly move, so their ratio is 2**80 or 2**600 times that of the tensor.
     for exponent in (-80, -600):
         size = 20_000
         rng = np.random.default_rng(2)

@@ -1,4 +1,4 @@
-"""Test joining the locations of states that are in different pieces."""
+"""Test joining the locations of states that consist of different pieces."""
 
 import numpy as np
 from hypothesis import given

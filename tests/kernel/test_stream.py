@@ -14,7 +14,7 @@ from natgrad.kernel import crc, gram, stream
 from natgrad.kernel.located import Located
 
 ELEMENTS, STATES = 3000, 7
-LONG_BLOCK = 2100  # longer than what the ratio is sampled of, and than two blocks of sums
+LONG_BLOCK = 2100  # longer than the sample of the ratio, and than two blocks of sums
 
 
 def words(array):
@@ -112,7 +112,7 @@ def test_states_read_from_files_give_the_same_bits_as_states_in_memory(
 ):
     arrays = [logged[dtype][position] for position, dtype in enumerate(dtypes)]
     boundaries, stride = CUTS[cutting]
-    # An hvp belongs to an update: that of the last state is not asked for, and need not be there.
+    # An hvp belongs to an update: that of the last state is not read, and need not exist.
     files = [
         put(array[: STATES - (position == 2)], together, 5 * position) for position, array in enumerate(arrays)
     ]
@@ -181,12 +181,12 @@ def test_the_state_that_cannot_be_read_is_returned(logged, put, tmp_path, array,
     leads, dtypes = np.ones(STATES - 1, bool), [np.dtype("<f4")] * 3
     os.truncate(tmp_path / str(array * STATES + 4), arrays[0][0].nbytes - 1)
     boundaries, stride = CUTS["three read blocks"]
-    # The byte that is missing is of the last read block.
+    # The missing byte belongs to the last read block.
     failed, *_ = computed(files, dtypes, boundaries, stride, batch, leads)
     assert failed == (array, 4)
     failed, *_ = computed(files, dtypes, boundaries[:2], stride, batch, leads)
     assert failed is None
-    files[array][0][2] = -1  # no file is open under this number
+    files[array][0][2] = -1  # not the descriptor of an open file
     failed, *_ = computed(files, dtypes, boundaries[:2], stride, batch, leads)
     assert failed == (array, 2)
 

@@ -66,7 +66,7 @@ def require_exact(found, ratio, before, after, gradient, length, segments=1):
         return
     expected = exact_gram(exact_vectors(before, after, gradient, gradient, ratio))[KEPT]
     norms = np.sqrt(np.diagonal(expected))
-    # As in the test of the kernel: forming a difference and the residual costs roundings of their parts.
+    # As in the tests of the kernel, the rounding of a difference and of the residual is relative to their parts.
     norms[3] += norms[2] + abs(ratio) * norms[1]
     bound = 2.0 * segments * ledger_sums.roundoff_bound(length) * np.outer(norms, norms)
     assert (abs(found - expected) <= bound).all()
@@ -77,7 +77,7 @@ def require_exact(found, ratio, before, after, gradient, length, segments=1):
 def test_a_tensor_of_several_segments_is_exact_to_rounding(name, length):
     before, after, gradient = draw([5, length, 9], ["float64"], ["float32"], seed=3)
     found, ratio = computed(name, before, after, gradient)
-    # Each of the parts has its own ratio, so that converting them to one costs a rounding of each.
+    # Each of the parts has its own ratio, and converting them to a common ratio rounds each of them.
     require_exact(found[1], ratio[1], before[1], after[1], gradient[1], length, segments=2)
     for tensor in (0, 2):
         alone = computed(name, *([arrays[tensor]] for arrays in (before, after, gradient)))
@@ -126,7 +126,7 @@ def test_angles_agree_with_those_of_the_pass_to_1e_14(name, across, sign):
 @pytest.mark.parametrize(
     ("value", "square"), [(0.0, 0.0), (5e-324, 5e-324), (1e-200, 5e-324), (1e200, np.inf), (np.inf, np.nan)]
 )
-def test_squares_tell_zero_underflow_overflow_and_not_finite_apart(name, value, square):
+def test_squares_distinguish_zero_underflow_overflow_and_not_finite(name, value, square):
     for length, element in ((1, 0), (40, 39), (5000, 2500)):
         zeros, one = np.zeros(length), np.zeros(length)
         one[element] = value

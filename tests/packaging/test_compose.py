@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 COMPOSE = yaml.safe_load((ROOT / "compose.yaml").read_text())
 
 
-def test_every_service_depends_on_services_and_mounts_volumes_that_are_there():
+def test_every_service_depends_on_existing_services_and_mounts_existing_volumes():
     assert set(COMPOSE["services"]) == {"database", "server", "scheduler", "worker", "scanner"}
     for service in COMPOSE["services"].values():
         assert set(service.get("depends_on", ())) <= set(COMPOSE["services"])

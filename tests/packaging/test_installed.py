@@ -44,7 +44,7 @@ def test_the_wheel_contains_files_that_are_not_modules(wheel):
     }
 
 
-# What a trainer with torch does: nothing of the pipeline's own requirements is there.
+# This is what a trainer with torch does: the requirements of the pipeline itself are not installed.
 TRAINING = """
 import sys
 import torch

@@ -1,4 +1,4 @@
-"""Test that items are written once and in order, that few of them wait, and that nothing waits for ever."""
+"""Test that items are written once and in order, that few of them wait, and that nothing waits forever."""
 
 import os
 import threading

@@ -1,4 +1,4 @@
-"""Test what the writer leaves on the disk."""
+"""Test the files that the writer leaves on the disk."""
 
 import os
 import resource

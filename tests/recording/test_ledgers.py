@@ -1,4 +1,4 @@
-"""Test the recording of ledgers where it differs from that of states, which test_torch.py compares it with."""
+"""Test where recording ledgers differs from recording states; test_torch.py compares the two."""
 
 import logging
 import os
@@ -80,7 +80,7 @@ def test_the_values_of_the_last_update_are_those_of_recorded_states(tmp_path):
         for one, other in [(full.model, ledger.model)] + [
             (full.tensors[n], ledger.tensors[n]) for n in full.tensors
         ]:
-            # As promised for angles; the length is the quotient of two norms.
+            # This is the guaranteed error of angles; the length is the quotient of two norms.
             assert abs(one.angle - other.angle) <= 1e-13
             assert other.update_to_weight == pytest.approx(one.update_to_weight, rel=4 * roundoff_bound(6))
             assert one.effective == other.effective

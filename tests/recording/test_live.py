@@ -68,7 +68,7 @@ def test_updates_without_a_direction_have_no_angle():
     assert found.tensors["still"].update_to_weight == 0
     assert math.isnan(found.tensors["flat"].angle)
     assert not found.tensors["flat"].effective
-    # The learning rate is not known, so the update is not known either.
+    # The learning rate is unknown, so the update is also unknown.
     assert math.isnan(found.tensors["new"].angle)
     assert math.isnan(found.tensors["new"].update_to_weight)
     assert math.isnan(found.model.angle)

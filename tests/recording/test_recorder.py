@@ -105,11 +105,11 @@ def test_an_incomplete_step_is_not_visible(tmp_path, container, monkeypatch):
     source = open_source(tmp_path)
     replace, seen = Path.replace, []
 
-    def look_and_replace(path, target):
+    def inspect_and_replace(path, target):
         seen.append(([path.name for path in tmp_path.iterdir()], [step.number for step in source.steps()]))
         return replace(path, target)
 
-    monkeypatch.setattr(Path, "replace", look_and_replace)
+    monkeypatch.setattr(Path, "replace", inspect_and_replace)
     one.record(4, parameter={"theta": [1.0]}, gradient={"theta": [1.0]})
     ((files, numbers),) = seen
     assert len(files) == 2  # the step before, and the complete file under its temporary name

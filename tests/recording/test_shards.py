@@ -135,7 +135,7 @@ torch.distributed.barrier()  # gloo may abort a process whose peer has ended
 torch.distributed.destroy_process_group()
 """
 
-# Processes start slowly, so that they run several parts.
+# Processes start slowly, so each runs several parts.
 CASES = {("fsdp", 2): FAILING, ("fsdp", 3): "", ("ddp", 2): REFUSED}
 
 

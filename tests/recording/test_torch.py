@@ -400,7 +400,7 @@ def test_a_parameter_that_requires_a_gradient_later_is_reported(tmp_path, caplog
             model.bias.requires_grad_(step > 0)
             loss_of(model, step).backward()
             optimizer.step()
-    assert "parameter 'bias' requires a gradient since the first step: it is not recorded" in caplog.text
+    assert "parameter 'bias' started to require a gradient after the first step: it is not recorded" in caplog.text
     assert [list(state["gradient"]) for state in read(tmp_path).values()] == [["weight"]] * 3
 
 
@@ -531,7 +531,7 @@ def test_a_log_that_cannot_be_written_ends_the_recording(tmp_path, caplog):
     assert "Not a directory" in message
 
 
-def test_missing_gradients_end_the_recording_with_what_to_do(tmp_path, caplog):
+def test_missing_gradients_end_the_recording_with_the_remedy(tmp_path, caplog):
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with natgrad.watch(optimizer, tmp_path, model=model) as watch:
@@ -663,7 +663,7 @@ for one in (optimizer, Wrapper()):
 """
 
 
-def test_optimizers_of_deepspeed_and_megatron_are_refused_with_what_to_do(tmp_path):
+def test_optimizers_of_deepspeed_and_megatron_are_refused_with_the_remedy(tmp_path):
     done = subprocess.run([sys.executable, "-c", ZERO], cwd=tmp_path, capture_output=True, text=True, check=True)
     lines = [line.split("|") for line in done.stdout.splitlines() if "|" in line]
     assert [what for what, _ in lines] == ["the optimizer is one of deepspeed (DeepSpeedZeroOptimizer)"] * 2
@@ -675,7 +675,7 @@ def test_optimizers_of_deepspeed_and_megatron_are_refused_with_what_to_do(tmp_pa
     assert not (tmp_path / "log").exists()
 
 
-def test_a_folder_with_steps_is_continued_on_request_only(tmp_path):
+def test_a_folder_with_steps_is_continued_only_on_request(tmp_path):
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with natgrad.watch(optimizer, tmp_path, model=model):

@@ -136,7 +136,7 @@ class Page(html.parser.HTMLParser):
             self.cells[self._row][-1] += data
 
 
-# What it says ------------------------------------------------------------------------------------------------
+# Contents ----------------------------------------------------------------------------------------------------
 
 
 def test_the_page_starts_with_a_sentence_about_the_run(page, tree):
@@ -287,7 +287,7 @@ def test_an_older_page_is_replaced_and_nothing_else_is_left(tmp_path):
     assert list(target.parent.iterdir()) == [target]
 
 
-def test_a_page_that_cannot_be_written_leaves_nothing_behind(tmp_path):
+def test_a_page_that_cannot_be_written_leaves_no_files(tmp_path):
     target = tmp_path / "report.html"
     target.mkdir()
     with pytest.raises(OSError, match=r"report\.html"):
@@ -314,7 +314,7 @@ def test_the_page_shows_the_smallest_windows_and_the_condition_number_of_the_opt
         assert smallest == "none" if np.isnan(found) else smallest.startswith(f"{int(found)} update")
 
 
-# Where there is little to show -------------------------------------------------------------------------------
+# Little data -------------------------------------------------------------------------------------------------
 
 
 def test_results_without_a_finite_value_give_a_page_that_states_this(tree, tmp_path):

@@ -40,7 +40,7 @@ def plane(folders):
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory):
-    """Log runs in the plane from one state, each with half the learning rate of the one before."""
+    """Log runs in the plane from one state, each with half the learning rate of the previous one."""
     top = tmp_path_factory.mktemp("sweep")
     planes = []
     for halvings in range(8):
@@ -61,7 +61,7 @@ def runs(folders):
 
 def test_the_loss_of_the_plane_is_that_of_the_system(folders, plane):
     system, _ = folders
-    # Thirty states determine six numbers; a few roundings of each reach them.
+    # Thirty states determine six numbers, which have a few rounding errors of each state.
     assert plane.hessian() == pytest.approx(2 * system.lyapunov, rel=1e-12)
     points = np.random.default_rng(0).standard_normal((5, 4, 2))
     losses = plane.loss(points)
@@ -85,7 +85,7 @@ def test_the_command_writes_every_figure_and_the_numbers(folders, capsys):
 def test_the_numbers_agree_with_those_of_the_printed_formulas(folders, plane, runs):
     rows = {statement: (printed, ours) for statement, printed, ours in paper.comparisons(plane, *runs)}
     for letter in "AB":
-        # Points lie half a degree apart in the circle; the ball stretches that by its condition number's root.
+        # Points are half a degree apart in the circle; the ball multiplies this by the root of its kappa.
         stretch = np.sqrt(Metric(*plane.update(paper.shown_step(plane))).condition_number())
         assert float(rows.pop(next(key for key in rows if key.startswith(f"1{letter}")))[1][:-1]) <= 0.5 * stretch
     compared = {key: row for key, row in rows.items() if "ψ =" in key and key.startswith("3B")}
@@ -104,7 +104,7 @@ def test_the_discrete_gradient_and_its_metric_go_to_those_of_the_gradient_in_pro
     assert rates == pytest.approx(0.05 / 2.0 ** np.arange(7, -1, -1))
     y, g = planes[0].update(0)
     bent = planes[0].hessian() @ g / 2.0
-    # In a plane y - eta H g turns by exactly this; ten digits are left of updates divided by their learning rate.
+    # In a plane, y - eta H g rotates by exactly this angle; updates divided by their learning rate have ten digits.
     exact = np.arctan2(rates * (y[0] * bent[1] - y[1] * bent[0]), y @ y - rates * (y @ bent))
     assert turned == pytest.approx(np.abs(exact), rel=1e-9)
     # Halving the learning rate halves both, up to terms of second order: eta relative to the value at which ybar.g
@@ -124,7 +124,7 @@ def test_the_trapezoid_of_the_results_is_the_limit_of_the_figure(sweep):
         run.analyze_run(folder, run.Analysis(workers=1))
         angle = dataset.read(open_store(folder / "results.zarr"))["model"]["angle"].isel(step=0).sel(window=1)
         turned, _ = Plane.read(folder / "trajectory.zarr").distance()
-        # The loss is of D terms and its change cancels; the step divides it.
+        # The loss is a sum of D terms, and its change suffers from cancellation and is divided by the step.
         off = abs(float(angle.sel(descent="trapezoid") - angle.sel(descent="gradient")))
         assert off == pytest.approx(turned, rel=1e-7)
 

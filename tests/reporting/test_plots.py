@@ -1,4 +1,4 @@
-"""Test what is drawn: the values of lines, bands, images and labels."""
+"""Test the plotted values of lines, bands, images and labels."""
 
 import importlib.util
 
@@ -116,7 +116,7 @@ def test_a_heat_map_has_the_value_of_each_tensor_at_each_step():
         (lambda plots: plots.angle(engine="bokeh"), "unknown engine 'bokeh'"),
     ],
 )
-def test_what_cannot_be_drawn_is_an_error_with_advice(draw, text):
+def test_variables_that_cannot_be_drawn_are_an_error_with_a_remedy(draw, text):
     with pytest.raises(InputError, match=f"(?s){text}"):
         draw(Plots(results(4, "tensor", ["a", "b"])))
 

@@ -21,13 +21,13 @@ from natgrad.store import open_ledger, open_trajectory
 from natgrad.store.journal import Journal
 
 STEPS = 150
-"""More than two blocks of the least size, 64."""
+"""More than two blocks of the minimum size, 64."""
 
 WITH_EVERYTHING = {"windows": (1, 3), "weight_decay": {"*": 0.1}, "gammas": (0.5, 1.0)}
 
 
 class On(Analysis):
-    """Options of an analysis on a given executor."""
+    """Options of an analysis on a certain executor."""
 
     chosen = staticmethod(executors.serial)
 
@@ -85,7 +85,7 @@ def assert_same(found, wanted):
 
 
 def bits(out):
-    """Return all files of the results but the record of times and versions."""
+    """Return all files of the results except the record of times and versions."""
     folder = out / "results.zarr"
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -105,7 +105,7 @@ def test_stored_results_are_those_of_the_complete_table_to_the_bit(tmp_path, opt
     out = ingested(tmp_path / "out", count, runs=runs)
     analyze_run(out, On(**options))
     assert_same(stored(out), expected(out, **options))
-    # xarray alone opens them, too.
+    # xarray can open them without natgrad.
     assert_same(xr.open_datatree(out / "results.zarr", engine="zarr"), expected(out, **options))
 
 
@@ -138,7 +138,7 @@ def inodes(out):
     return {path: path.stat().st_ino for path in folder.rglob("*") if path.is_file()}
 
 
-def test_when_a_run_has_grown_only_blocks_whose_windows_reach_the_new_updates_are_computed(tmp_path):
+def test_when_a_run_has_grown_only_blocks_whose_windows_include_new_updates_are_computed(tmp_path):
     out = wide_run(tmp_path / "out", 530, 300)
     analyze_run(out, On())
     before, files = records(out), inodes(out)
@@ -204,7 +204,7 @@ def test_a_killed_computation_resumes_and_readers_see_the_old_results(tmp_path):
     for left in (0, 40, 150, 200, 250, 10**6):
         done = subprocess.run([sys.executable, "-c", KILLED, out, str(left)], check=False)
         assert done.returncode in (0, -9)
-        assert bits(out) in (old, wanted)  # never a mix
+        assert bits(out) in (old, wanted)  # never a mixture
         staged = out / ".results.zarr.new" / BLOCKS
         resumed.append(len(list(staged.glob("[0-9]*.json"))) if staged.exists() else 0)
         if done.returncode == 0:
@@ -267,7 +267,7 @@ def test_results_of_tensors_have_the_family_only_if_gammas_are_set(tmp_path):
 def test_chunks_of_missing_values_are_not_stored(tmp_path):
     out = ingested(tmp_path / "out", 5)
     analyze_run(out, On())
-    # Without Hessian-vector products, eq. (16) is not known.
+    # Without Hessian-vector products, eq. (16) cannot be evaluated.
     assert np.isnan(stored(out)["tensor"]["angle"].sel(descent="taylor")).all()
     chunks = (out / "results.zarr" / "tensor" / "angle" / "c" / "0" / "0").iterdir()
     assert sorted(path.name for path in chunks) == ["0", "1", "2"]

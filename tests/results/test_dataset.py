@@ -106,7 +106,8 @@ def test_every_result_is_computed_from_the_pair_of_its_update(tensor):
         effective = y @ g > 0
         assert bool(at["effective"]) == effective
         assert int(at["status"]) == (Status.EFFECTIVE if effective else Status.OBTUSE)
-        # Promised is an angle to 1e-13, and kappa has the derivative 2 kappa / cos psi in it. Values are rounded.
+        # The guaranteed error of the angle is 1e-13, and the derivative of kappa with respect to it is 2 kappa /
+        # cos psi. Values are rounded.
         relative = 4e-13 / abs(float(geometry.cosine(pair))) + 2.0 ** -(METRIC_BITS + 1)
         for name, value in expected.items():
             np.testing.assert_allclose(at[name], value if effective else np.nan, rtol=relative, err_msg=name)
@@ -143,7 +144,7 @@ def test_a_window_is_the_extended_state_of_the_averaged_loss(m):
 
 
 def test_a_window_is_natural_gradient_descent_of_the_averaged_loss_in_the_extended_state():
-    # By brute force: the state (theta_t, .., theta_{t+m-1}), the gradient of the mean loss there, the dense metric.
+    # By brute force: the state (theta_t, .., theta_{t+m-1}), the gradient of its mean loss, the dense metric.
     states = random_walk(5, {"w": (2,)}, "float64", learning_rate=0.25)
     thetas = np.stack([s["parameter/w"] for s in states])
     for m in (1, 2, 3):
@@ -187,7 +188,7 @@ def test_the_corrected_gradient_explains_the_change_of_loss_of_the_model():
     loss = np.array([s["loss"] for s in states])
     np.testing.assert_allclose(0.25 * corrected["alignment"].sel(window=1), loss[:-1] - loss[1:], rtol=2.0**-48)
     residual = corrected["discrete_identity_residual"]
-    # A window adds three such terms, whose sum may be smaller than they are.
+    # A window adds three such terms, whose sum may be smaller than each of them.
     cancelled = np.abs(np.diff(loss)).sum() / np.abs(corrected["loss_decrease"]).min()
     assert (np.abs(residual.sel(window=1)) <= 2.0**-48).all()
     assert (np.abs(residual.sel(window=3).dropna("step")) <= 2.0**-48 * float(cancelled)).all()
@@ -200,14 +201,14 @@ def test_the_corrected_gradient_explains_the_change_of_loss_of_the_model():
     np.testing.assert_allclose(shares, corrected["alignment"].sel(window=1), rtol=2.0**-44)
 
 
-def test_the_family_of_the_results_is_least_at_gamma_one():
+def test_the_family_of_the_results_has_its_minimum_at_gamma_one():
     states, _ = quadratic_walk()
     grid = np.geomspace(1e-4, 1e4, 17)
     tensors = dataset.label(table_of(states), gammas=grid)["tensor"].to_dataset()
     conditions = tensors["family_condition_number"].where(tensors["effective"], drop=True)
     best = conditions.idxmin("gamma").values
     effective = np.isfinite(best)
-    # A scalar has one condition number, 1, whatever gamma.
+    # A scalar has the condition number 1 for every gamma.
     several = np.broadcast_to((tensors["tensor"] != "line").values[:, None, None], best.shape[1:])
     assert effective[:, several].any()
     assert (best[:, several][effective[:, several]] == grid[8]).all()
@@ -227,7 +228,7 @@ def dense_metric(y, g, gamma=1.0):
 
 @given(seed=st.integers(0, 500), rate=st.sampled_from([0.05, 0.5, 1.5]), m=st.sampled_from([1, 2]))
 @settings(max_examples=40)
-def test_the_shifted_metric_is_what_the_dense_matrices_of_the_extended_state_are(seed, rate, m):
+def test_the_shifted_metric_agrees_with_dense_matrices_of_the_extended_state(seed, rate, m):
     states, hessian = quadratic_walk(4, seed, rate=rate, noise=2.0)
     least = np.full(3, np.linalg.eigvalsh(hessian)[0])
     tree = dataset.label(replace(table_of(states), hessian_min_eigenvalue=least), windows=[m])
@@ -270,14 +271,14 @@ def test_bounds_are_defined_for_discrete_gradients_and_logged_hessian_eigenvalue
     assert np.isnan(bound.sel(descent="gradient")).all()
     assert np.isnan(bound.isel(step=2)).all()
     assert (model["shifted_metric"].isel(step=2) == ShiftedMetric.UNKNOWN).all()
-    # Every discrete gradient has the same, -dL eta / (h |p|^2).
+    # Every discrete gradient has the same bound, -dL eta / (h |p|^2).
     np.testing.assert_allclose(bound.sel(descent="trapezoid"), bound.sel(descent="corrected"), rtol=2.0**-40)
     assert np.isfinite(bound.sel(descent="corrected")).any()
     assert np.isnan(dataset.label(table_of(states))["model"]["learning_rate_bound"]).all()
     convex = dataset.label(replace(table_of(states), hessian_min_eigenvalue=np.ones(5)))["model"].to_dataset()
     corrected = convex.sel(descent="corrected", window=1)
     assert (np.isinf(corrected["learning_rate_bound"]) == corrected["effective"]).all()
-    # Whether a row is one update or the sum of two, -dL must exceed h |p|^2: its learning rate is half as large.
+    # For one update and for the sum of two, -dL must exceed h |p|^2: the learning rate is half as large.
     twice = replace(table_of(states, numbers=[0, 2, 4, 6, 8, 10]), hessian_min_eigenvalue=least)
     spanned = dataset.label(twice)["model"].to_dataset().sel(window=1, descent="corrected")
     np.testing.assert_allclose(spanned["learning_rate_bound"], bound.sel(descent="corrected"), rtol=2.0**-40)
@@ -302,12 +303,12 @@ def brute_force_smallest(found, longest, complete):
     lost=st.sampled_from([None, "loss", "learning_rate", "gradient", "restart", "still"]),
 )
 @settings(max_examples=40)
-def test_the_smallest_effective_window_is_the_first_of_all_that_were_tried(seed, rows, noise, lost):
+def test_the_smallest_effective_window_is_the_first_of_all_windows_tried(seed, rows, noise, lost):
     rng = np.random.default_rng(seed)
     states, _ = quadratic_walk(rows + 1, seed, noise=noise)
     numbers, place = np.arange(rows + 1), int(rng.integers(rows))
     if lost == "restart":
-        # An update that does not follow from the one before it.
+        # An update that does not continue the one before it.
         numbers[place + 1 :] += 3
     elif lost == "still":
         for name in TENSORS:
@@ -346,7 +347,7 @@ def test_the_smallest_window_is_found_although_windows_are_not_monotone():
     ]
     model = dataset.label(table_of(states), windows=range(1, 6))["model"].to_dataset()
     assert (model["decreasing_window"], model["decreasing_window_count"]) == (2, 4)
-    # With a constant learning rate the corrected gradients of a window add up to the change of loss.
+    # With a constant learning rate, the corrected gradients of a window add up to the change of the loss.
     corrected = model.sel(descent="corrected")
     assert (corrected["effective_window"], corrected["effective_window_count"]) == (2, 4)
     always = [corrected["effective"].sel(window=m)[: 6 - m].all().item() for m in range(1, 6)]
@@ -356,7 +357,7 @@ def test_the_smallest_window_is_found_although_windows_are_not_monotone():
 
 @pytest.mark.parametrize("lost", range(5))
 def test_a_window_that_needs_an_unknown_loss_supports_no_claim(lost):
-    # Every known loss is below the known one before it in a window of 1, but across the unknown loss it may rise.
+    # Each known loss is below the preceding known loss in a window of 1, but across the unknown loss it may rise.
     losses = [5.0, 4.0, 3.0, 2.0, 1.0]
     losses[lost] = np.nan
     if 0 < lost < 4:
@@ -375,7 +376,7 @@ def test_a_window_that_needs_an_unknown_loss_supports_no_claim(lost):
 
 
 def test_a_window_across_a_restart_does_not_count():
-    # Within each part two updates always descend together; the two next to the restart would not.
+    # Within each part, two updates always descend together; the two next to the restart would not.
     moves = [2.0, -1.0, 2.0, -1.0, -1.0, 2.0, -1.0, 2.0]
     theta = np.concatenate([[0.0], np.cumsum(moves)])
     states = [
@@ -392,8 +393,8 @@ def test_a_window_across_a_restart_does_not_count():
             assert (at["effective_window"], at["effective_window_count"]) == (window, count)
 
 
-def test_the_search_goes_to_half_the_run_or_to_the_longest_requested_window():
-    # Only over nine updates does this loss always fall.
+def test_the_search_extends_to_half_the_run_or_to_the_longest_requested_window():
+    # This loss always falls only over nine updates.
     losses = [float(k % 9 == 0) - k / 1000 for k in range(14)]
     states = [
         {"parameter/w": np.array([float(k)]), "gradient/w": np.array([1.0]), "loss": loss, "learning_rate": 1.0}
@@ -407,7 +408,7 @@ def test_the_search_goes_to_half_the_run_or_to_the_longest_requested_window():
 
 
 def quadratic_walk(steps=6, seed=0, rate=0.25, noise=0.5, dtype="float64"):
-    """States of a noisy descent on theta' A theta / 2, with hvp, and A; the losses are of the exact states."""
+    """Return states of a noisy descent on theta' A theta / 2, with hvp and losses of the exact states, and A."""
     rng = np.random.default_rng(seed)
     sizes = [int(np.prod(shape)) for shape in TENSORS.values()]
     matrix = rng.standard_normal((sum(sizes), sum(sizes))) / np.sqrt(sum(sizes))
@@ -515,7 +516,7 @@ def test_the_uncertainty_of_every_descent_covers_the_error_of_storage(descent, g
 
 
 def test_rounding_of_a_step_across_a_valley_affects_the_corrected_gradient_more_than_the_update():
-    # The loss hardly changes, so nearly all of a gradient along the step is taken away again.
+    # The loss hardly changes, so the correction removes nearly all of a gradient along the step.
     rng = np.random.default_rng(2)
     step, across = rng.standard_normal((2, 50))
     across -= step * (across @ step) / (step @ step)
@@ -540,12 +541,12 @@ def test_rounding_of_a_step_across_a_valley_affects_the_corrected_gradient_more_
     exact, rounded = labelled("float64"), labelled("float32")
     moved = np.abs(rounded["angle"] - exact["angle"])
     assert moved.sel(descent="corrected") <= rounded["angle_uncertainty"].sel(descent="corrected")
-    # What the update itself is turned by would not cover it.
+    # The uncertainty of the update alone would not cover it.
     assert moved.sel(descent="corrected") > rounded["angle_uncertainty"].sel(descent="gradient")
 
 
 def test_a_trapezoid_nearly_along_the_update_is_accurate_to_the_precision_of_the_ledger():
-    # The gradients at both ends lie nearly along the update, and so does their difference.
+    # The gradients at both ends, and their difference, are nearly parallel to the update.
     rng = np.random.default_rng(5)
     step, across = rng.standard_normal((2, 400))
     across -= step * (across @ step) / (step @ step)
@@ -632,7 +633,7 @@ NEEDS_RATE = {
 
 
 @pytest.mark.parametrize("rate", [2.0**-20, 1.0, 1024.0])
-def test_without_a_learning_rate_all_that_does_not_depend_on_it_is_known(rate):
+def test_without_a_learning_rate_results_that_do_not_depend_on_it_are_known(rate):
     # A power of two scales every product exactly.
     states, _ = quadratic_walk(8, noise=5.0)
     table = replace(table_of(states), hessian_min_eigenvalue=np.full(7, -0.01))
@@ -768,7 +769,7 @@ def updates_of_any_scale(draw):
 
 
 def test_an_update_below_the_range_leaves_its_gradient_to_the_model():
-    # The displacement of the plane is in the range, but not its update: its residual lacks most of y.
+    # The displacement of the plane is in range, but its update is not: its residual lacks most of y.
     gradient = {"wide": np.zeros((3, 4)), "line": np.array(-0.5), "plane": np.array([-1.0, -2.0])}
     step = {"wide": np.zeros((3, 4)), "line": np.array(0.5), "plane": np.array([1e-145, 2e-145])}
     states = [
@@ -850,7 +851,7 @@ def test_at_any_scale_a_number_is_exact_and_a_status_is_true(states):
                     (ratio * cosine / (1 + sine), smallest, smallest / ratio * (1 + sine)),
                 ):
                     if promised >= 0.5:
-                        # Nearly orthogonal vectors: the value is that of an angle that is off by at most 1e-13.
+                        # Nearly orthogonal vectors: the value belongs to an angle that is off by at most 1e-13.
                         assert abs(implied_cosine - cosine) <= 1e-13
                     elif mpf(1e-300) < value < mpf(1e300):
                         assert abs(found / value - 1) <= promised
@@ -864,7 +865,7 @@ def test_at_any_scale_a_number_is_exact_and_a_status_is_true(states):
                 assert not 1e-147 * max(rate, 1) < length[value] < 1e150, name
             else:
                 assert abs(mpf(found) - length[value]) <= 1e-13 * length[value], name
-        # Where nothing is out of range, no reason says so, whatever the estimate of the gradient.
+        # If nothing is out of range, the status does not state this for any estimate of the gradient.
         if not (small or large) and length["theta"] < 1e140:
             assert status not in (Status.UNDERFLOW, Status.OVERFLOW)
         assert (at["status"] != Status.NON_FINITE).all()
@@ -885,7 +886,7 @@ def test_at_any_scale_a_number_is_exact_and_a_status_is_true(states):
         (1.0, 0.0, Status.ZERO_GRADIENT),
     ],
 )
-def test_underflow_and_overflow_are_told_apart_from_zero_and_not_finite(displacement, gradient, expected):
+def test_underflow_and_overflow_are_distinguished_from_zero_and_not_finite(displacement, gradient, expected):
     losses = [np.float64(1.0), np.float64(0.5)]
     states = [
         {"parameter/w": np.full(3, value), "gradient/w": np.full(3, -gradient), "loss": loss, "learning_rate": 1.0}
@@ -1043,7 +1044,7 @@ def with_hvp(states):
 @given(seed=st.integers(0, 1000), powers=st.lists(st.integers(-6, 0), min_size=15, max_size=15))
 @settings(max_examples=15)
 def test_each_tensor_has_its_own_learning_rate_and_the_model_its_displacement(seed, powers):
-    """With powers of two, different rates round to the same bits, so only another formula gives other results."""
+    """With powers of two, all rates round to the same bits, so only a different formula changes the results."""
     table = table_of(with_hvp(walk(seed=seed)), numbers=[0, 1, 3, 4, 8, 9])
     own = 2.0 ** np.reshape(powers, (5, 3))
     table = replace(table, learning_rate=own.max(axis=1))
@@ -1062,7 +1063,7 @@ def test_each_tensor_has_its_own_learning_rate_and_the_model_its_displacement(se
 
 def test_learning_rates_that_are_all_equal_give_the_same_bits():
     table = table_of(walk())
-    # No power of two: another order of the roundings would show.
+    # Not a power of two: a different order of the roundings would be visible.
     rate = 0.1 * 0.9 ** np.arange(5)
     plain = dataset.label(replace(table, learning_rate=rate), windows=[1, 2])
     own = np.repeat(rate[:, None], 3, axis=1)

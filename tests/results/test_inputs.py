@@ -59,7 +59,7 @@ class States:
 
 
 class Sums:
-    """The ledger of the four updates between them, of which each product is the index of its update."""
+    """The ledger of the four updates between them, in which each product is the index of its update."""
 
     vectors = ("parameter", "displacement")
     layout = Layout.from_shapes(SHAPES)
@@ -170,7 +170,7 @@ def test_the_learning_rates_of_the_model_and_of_groups(logged, groups, option, m
         ([NAN, NAN], [[NAN, NAN], [NAN, NAN]], {"*": 2.0, "b": 0.0}, [[2.0, 0.0], [2.0, 0.0]]),
         ([NAN, NAN], [[NAN, NAN], [NAN, NAN]], {"b": 0.0, "[ab]": 2.0}, [[2.0, 2.0], [2.0, 2.0]]),
         ([NAN, NAN], [[NAN, NAN], [NAN, NAN]], {"a": 2.0}, [[2.0, NAN], [2.0, NAN]]),
-        # A decay that is 0 everywhere is none, unless it is requested.
+        # A decay that is 0 everywhere does not count, unless it is requested.
         ([0.0, 0.0], [[NAN, NAN], [NAN, NAN]], None, None),
         ([NAN, NAN], [[NAN, NAN], [NAN, NAN]], {"*": 0.0}, [[0.0, 0.0], [0.0, 0.0]]),
     ],
@@ -256,7 +256,7 @@ def test_the_products_of_replicates_are_read_one_chunk_at_a_time(updates):
     found = dict.fromkeys(range(len(updates)))
     for positions, products, norms in replicate_products(sums, np.array(updates)):
         found |= zip(positions.tolist(), products.tolist(), strict=True)
-        # Here the norm of the parameters of each tensor is the index of the update as well.
+        # Here the norm of the parameters of each tensor is also the index of the update.
         assert norms.tolist() == [[product, product] for product in products.tolist()]
     assert list(found.values()) == updates
     expected = [(0, 3)] * (min(updates) < 3) + [(3, 4)] * (max(updates) == 3)

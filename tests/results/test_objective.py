@@ -81,7 +81,7 @@ def test_one_smooth_objective_is_consistent_and_changing_batches_are_not(seed):
     assert "changing batches" in changing.caution
 
 
-def test_a_residual_between_the_limits_decides_nothing():
+def test_a_residual_between_the_limits_is_undecided():
     for residual, consistency in ((0.05, "consistent"), (0.1, "undecided"), (0.2, "inconsistent")):
         found = Objective("unknown", residual, 9, wrong_sign=False)
         assert found.consistency == consistency
@@ -89,7 +89,7 @@ def test_a_residual_between_the_limits_decides_nothing():
     assert Objective("unknown", None, 0, wrong_sign=False).consistency == "undecided"
 
 
-def test_gradients_of_the_wrong_sign_are_named():
+def test_gradients_of_the_wrong_sign_are_reported():
     found = objective_of(table_of(regression(sign=-1.0)))
     assert found.wrong_sign
     (warning,) = found.warnings()
@@ -98,7 +98,7 @@ def test_gradients_of_the_wrong_sign_are_named():
         assert not objective_of(table_of(states)).wrong_sign
 
 
-def test_losses_in_a_text_with_few_decimals_show_nothing_if_they_hardly_change():
+def test_losses_with_few_decimals_that_hardly_change_prove_nothing():
     states = regression(rate=1e-4)
     assert objective_of(table_of(states)).consistency == "consistent"
     rounded = [state | {"loss": round(state["loss"], 4)} for state in states]

@@ -22,7 +22,7 @@ PARTS = {"a": slice(0, 3), "b": slice(3, 8)}
 RATE = 0.25
 
 LARGEST_FACTOR = 7.0
-"""Largest quotient of the reported uncertainty and the formula with the largest errors of all elements.
+"""Largest ratio of the reported uncertainty to the formula with the largest errors of all elements.
 
 An element x is off by at most max(u |x|, h), where h is half the smallest positive number. The results know only
 norms. With a, b, d the norms of both states and of their difference, d <= a + b, the floor of the update is
@@ -49,7 +49,7 @@ def largest_errors(stored):
 
 
 def turning(vector, other):
-    """Return the direction across a vector in which it turns away from another one."""
+    """Return the direction, orthogonal to a vector, in which it rotates away from another one."""
     return vector * (vector @ other) / (vector @ vector) - other
 
 
@@ -86,7 +86,7 @@ class Stored:
     @staticmethod
     def _moved(stored, signs, share):
         errors = share * half_gaps(stored, signs)
-        # Half the gap of float64 is exact, and so is the sum.
+        # Half the gap of float64 and the sum are exact.
         return [
             [value + error for value, error in zip(exact(row), exact(error), strict=True)]
             for row, error in zip(stored, errors, strict=True)
@@ -179,8 +179,8 @@ def test_the_uncertainty_of_the_angle_is_neither_too_small_nor_too_large(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rounding_of_the_gradient_alone_turns_the_angle_by_nearly_its_uncertainty(dtype):
-    # 1 + u / 2 is half of the way from 1 to the next number. The update is exact: its rounding is that of float64.
+def test_rounding_of_the_gradient_alone_changes_the_angle_by_nearly_its_uncertainty(dtype):
+    # 1 + u / 2 is halfway from 1 to the next number. The update is exact: its rounding is that of float64.
     roundoff = unit_roundoff(dtype)
     states = [
         {
@@ -303,8 +303,8 @@ def test_the_rest_of_an_update_is_that_of_directly_formed_vectors(seed, decays, 
                     assert abs(found["alignment"] - exact_dot(y, g)) * RATE <= 1e-12 * of_y * scale * max(share, 1)
                     turned = abs(found["angle"] - exact_angle_between(y, g))
                     assert turned <= found["angle_uncertainty"] + promised_angle_error()
-                    # The uncertainty grows with the cancellation and no faster: two terms of 2e-7 share, at most,
-                    # and the rounding of both states, each of which is shorter than 20.
+                    # The uncertainty grows with the cancellation, and not faster: at most by two terms of 2e-7
+                    # share and the rounding of both states, each of which is shorter than 20.
                     rounding = 3 * 20 * 2.0**-53 / (mpf(RATE) * norm)
                     limit = 1e-6 * largest if largest < 1e5 else mp.pi
                     assert found["angle_uncertainty"] <= limit + mp.pi * rounding
@@ -323,7 +323,7 @@ def test_cancellation_is_a_part_of_the_uncertainty():
         model, _ = without_decay(table, "gradient", model_and_tensors(table, "gradient"))
         found.append(VARIABLES["angle_uncertainty"].values(Updates(table, model, "gradient")))
     assert (found[0] < 1e-11).all()
-    # A square that is off by 1e-14 of 4e10 times itself turns the angle by 4e-4 / 2, at most.
+    # A square that is off by 1e-14 of 4e10 times itself changes the angle by at most 4e-4 / 2.
     assert (found[1] > 1e-5).all()
 
 

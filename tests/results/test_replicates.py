@@ -46,7 +46,7 @@ def by_tensor(gradient, displacement, hvp=None):
 def lost(y, vectors, kept=slice(None)):
     """Return the relative rounding error of products of a mean of some vectors.
 
-    It is larger if this mean is shorter than what it is made of: the vectors, the mean of all, deviations from it.
+    It is larger if this mean is shorter than its terms: the vectors, the mean of all, and the deviations from it.
     """
     mean = vectors.mean(axis=0)
     parts = np.linalg.norm(vectors[kept], axis=-1).mean() + np.linalg.norm(mean)
@@ -63,7 +63,7 @@ def angle_tolerance(y, updates, kept=slice(None)):
 
 @given(seed=st.integers(0, 1000), spread=st.sampled_from([0.1, 1.0, 5.0]))
 @settings(max_examples=30)
-def test_everything_is_that_of_the_mean_vectors(seed, spread):
+def test_all_results_are_those_of_the_mean_vectors(seed, spread):
     gradient, displacement, hvp, change = drawn(seed, spread=spread)
     rate = np.array([0.1, 0.2, 0.4])
     tree = replicates.label(
@@ -90,7 +90,7 @@ def test_everything_is_that_of_the_mean_vectors(seed, spread):
             worst = max(angle_tolerance(y, updates, np.arange(5) != index) for index in range(5))
             # The root of four times a mean square of five differences of angles.
             assert float(at["angle_error"]) == pytest.approx(float(error), abs=4 * worst)
-            # The definiteness of eq. (19) against the operator, which refuses what is not definite.
+            # The definiteness of eq. (19) compared with the operator, which refuses matrices that are not definite.
             try:
                 metric = stochastic_metric(y, mean, curvature, rate[row])
             except InputError:
@@ -130,7 +130,8 @@ def test_eq_19_is_definite_up_to_the_bound_of_the_learning_rate_and_not_above():
 
 
 def test_a_rule_may_descend_on_average_although_its_mean_update_does_not():
-    # Erratum 3: two replicates that jump either way along a concave direction, and a little uphill together.
+    # Erratum 3: two replicates that jump in opposite directions along a concave direction, and slightly uphill on
+    # average.
     hessian, theta, rate = np.diag([1.0, -4.0]), np.array([1.0, 0.0]), 0.1
     displacement = rate * np.array([[0.2, 3.0], [0.2, -3.0]])
     gradient, hvp = hessian @ theta, displacement @ hessian
@@ -204,7 +205,7 @@ def test_the_angle_of_the_mean_is_as_accurate_as_promised(seed, angle, spread, s
             along, length = mp.fdot(minus, mean), mp.norm(mean)
             across = mp.norm([a - along / length**2 * b for a, b in zip(minus, mean, strict=True)])
             psi = mp.atan2(across, along / length)
-            # The mean of float64 numbers is rounded, too: by up to six units of the mean length of the replicates.
+            # The mean of float64 numbers is also rounded: by up to six units of the mean length of the replicates.
             lengths = sum(np.linalg.norm(state[part]) for state in states) / 4
             rounding = 6 * 2.0**-53 * lengths / float(length)
             assert abs(mpf(float(at["angle"])) - psi) <= 1e-13 + rounding

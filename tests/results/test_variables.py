@@ -1,7 +1,7 @@
 """Test the metadata of all variables, and variables that are declared outside of the package.
 
-The metadata of the results are a contract: ``variables.toml`` lists them. To change them on purpose, write the list
-again and review the difference::
+The metadata of the results are a contract: ``variables.toml`` lists them. To change them deliberately, write the
+list again and review the difference::
 
     PYTHONPATH=tests python tests/results/test_variables.py > tests/results/variables.toml
 """
@@ -101,7 +101,7 @@ def as_toml(found):
 def test_dimensions_dtypes_units_and_descriptions_are_those_of_the_contract(tmp_path):
     found = tomllib.loads(as_toml(metadata(tmp_path)))
     assert found == tomllib.loads(CONTRACT.read_text()), (
-        "The metadata of the results have changed, on which users rely. If this is intended, run "
+        "The metadata of the results, on which users rely, have changed. If this is intended, run "
         "`PYTHONPATH=tests python tests/results/test_variables.py > tests/results/variables.toml`, review the "
         "difference, and add it to the changelog."
     )
@@ -134,7 +134,7 @@ def test_all_windows_up_to_half_the_run_and_256_are_tried(updates, longest):
             effective, count = searched.smallest_effective_window
             np.testing.assert_equal((effective.item(), count.item()), expected)
             np.testing.assert_equal(searched.smallest_decreasing_window, expected)
-    # A longer requested window is tried as well.
+    # A longer requested window is also tried.
     assert Updates(table, model, "gradient", longest=longest + 1).smallest_effective_window[0] == longest + 1
 
 

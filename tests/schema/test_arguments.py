@@ -1,4 +1,4 @@
-"""Test how numbers are checked and values are shown, whatever they are."""
+"""Test how numbers are checked and how values of any kind are shown."""
 
 import math
 from fractions import Fraction
@@ -12,7 +12,7 @@ from natgrad.schema.arguments import number, real_array, shown
 
 
 @given(st.integers(-(2**63) + 1, 2**63 - 1))
-def test_a_whole_number_is_returned_as_it_is(value):
+def test_a_whole_number_is_returned_unchanged(value):
     assert number(value, int) == value
     assert type(number(np.int64(value), int)) is int
     assert number(value, float) == float(value)
@@ -33,7 +33,7 @@ WRONG = [True, np.True_, "1", None, 1j, np.complex64(1), [1], np.ones(1), 10**40
 
 @pytest.mark.parametrize("value", WRONG)
 @pytest.mark.parametrize("kind", [int, float])
-def test_what_is_no_number_is_refused(value, kind):
+def test_a_value_that_is_not_a_number_is_refused(value, kind):
     with pytest.raises(ValueError, match="must be"):
         number(value, kind)
 

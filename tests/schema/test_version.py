@@ -40,7 +40,7 @@ def test_without_a_tag_the_version_has_the_number_of_commits_and_the_last_commit
 @pytest.mark.parametrize(
     ("tag", "after"), [("v1.2.3", "1.2.4.dev2"), ("v1.9", "1.10.dev2"), ("v2.0rc1", "2.0rc2.dev2")]
 )
-def test_a_tag_gives_the_version_and_what_follows_leads_to_the_next(repository, tag, after):
+def test_a_tag_gives_the_version_and_later_commits_lead_to_the_next(repository, tag, after):
     git(repository, "tag", "--annotate", tag, "--message", "Release")
     git(repository, "tag", "unrelated")
     assert git_version(repository) == tag.removeprefix("v")
@@ -91,7 +91,7 @@ def test_an_editable_install_shows_that_its_repository_has_moved(repository):
     assert installed_version(recorded, repository) == recorded
     new = commit(repository)
     assert installed_version(recorded, repository) == f"{recorded}.moved.g{new[:7]}"
-    # Changes that were not committed when it was installed are not known to be there still.
+    # It is unknown whether changes that were not committed when it was installed still exist.
     assert installed_version(f"{recorded}.dirty", repository) == f"{recorded}.moved.g{new[:7]}"
 
 
@@ -114,7 +114,7 @@ def test_the_commit_is_found_detached_packed_and_in_a_further_work_tree(reposito
     assert installed_version(recorded, repository) == expected
 
 
-def test_without_a_readable_repository_the_recorded_version_stands(tmp_path, repository):
+def test_without_a_readable_repository_the_recorded_version_is_used(tmp_path, repository):
     assert installed_version("0.1.dev3+g1234567", tmp_path) == "0.1.dev3+g1234567"
     git(tmp_path, "init", "--quiet", "new")  # it has no commit yet
     assert installed_version("0.1.dev3+g1234567", tmp_path / "new") == "0.1.dev3+g1234567"

@@ -231,11 +231,11 @@ def adam(parameters):
     return torch.optim.Adam(parameters, lr=0.1)
 
 
-def test_lightning_gradients_that_may_belong_to_the_state_before_are_never_passed_over(tmp_path):
+def test_lightning_gradients_that_may_belong_to_the_state_before_always_cause_a_warning(tmp_path):
     log = write_lightning(tmp_path / "log", trained(adam))
     (question,) = (w for w in ingest(log, tmp_path / "asked.zarr").warnings if "callback of Lightning" in w)
     assert question in inspect_source([log]).notes
-    # The advice names every quantity that was saved with the gradient, and answers the question.
+    # The message names every quantity that was saved with the gradient, and each of its options removes it.
     shifts = re.findall(r"--shift (\w+=-1)", question)
     assert shifts == ["gradient=-1", "loss=-1"]
     for number, answer in enumerate((parse_shift(shifts), parse_shift(["gradient=0"]))):

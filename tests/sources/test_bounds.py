@@ -1,4 +1,4 @@
-"""Readers answer within bounds of time and memory that follow from the size of the files."""
+"""Readers finish within bounds of time and memory that follow from the size of the files."""
 
 import json
 import subprocess

@@ -109,7 +109,7 @@ def test_every_container_preserves_every_bit(tmp_path, writer, dtype):
 
 @pytest.mark.parametrize(("writer", "dtype"), CASES)
 @pytest.mark.parametrize("words", ["not finite", "signed zero"])
-def test_values_that_compare_unequal_or_too_equal_keep_their_bits(tmp_path, writer, dtype, words):
+def test_nan_and_signed_zeros_keep_their_bits(tmp_path, writer, dtype, words):
     special = [np.nan, -np.nan, np.inf, -np.inf] if words == "not finite" else [0.0, -0.0, -0.0, 0.0]
     values = np.array(special, DTYPES[dtype])
     state = {"parameter/w": values, "gradient/w": values}
@@ -288,7 +288,7 @@ def test_a_pickle_in_an_archive_is_never_loaded(tmp_path, key):
     assert trace.exists()  # the trap works
 
 
-def test_a_member_of_an_archive_that_is_not_an_array_is_left_out_with_a_note(tmp_path):
+def test_a_member_of_an_archive_that_is_not_an_array_is_omitted_with_a_note(tmp_path):
     write_step(tmp_path, 7, {"parameter/w": np.ones(2), "gradient/w": np.ones(2)}, "npz")
     with zipfile.ZipFile(tmp_path / "step_7.npz", "a") as archive:
         archive.writestr("readme.txt", "text")

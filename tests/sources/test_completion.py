@@ -1,4 +1,4 @@
-"""Test that completing a sequence of steps gives what completing each of them alone gives."""
+"""Test that completing a sequence of steps gives the same as completing each of them separately."""
 
 from pathlib import Path
 
@@ -48,7 +48,7 @@ def outcome(complete, *arguments, **options):
 def test_each_step_is_completed_as_if_it_were_alone(described, steps):
     completion = Completion()
     for first, second, chosen in steps:
-        # The numbers of one step, and everything else of another.
+        # The numbers of one step, and everything else from another.
         content, numbers = described[first % len(described)], described[second % len(described)]
         content = StepContent(
             **{**vars(content), "scalars": numbers.scalars, "replicate_loss": numbers.replicate_loss}

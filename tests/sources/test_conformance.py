@@ -1,4 +1,4 @@
-"""The conformance suite: every reader, by ability. Each entry of the published table is checked, also refusals."""
+"""The conformance suite: every reader, by ability. All entries of the published table are checked."""
 
 import re
 
@@ -78,7 +78,7 @@ def expected(tmp_path_factory):
 
 
 def require(found, expected):
-    """Compare two contents, of which the first may have no ledger."""
+    """Compare two contents; the first may have no ledger."""
     assert found == {name: expected[name] for name in found}
 
 
@@ -119,7 +119,7 @@ def last_state(tmp_path, format, write, expected):
 
 def other_source(tmp_path, format, write, expected):
     states = states_of("a")
-    if format in ("verl", "bergson"):  # which always need another one
+    if format in ("verl", "bergson"):  # which always need another source
         sources = write(tmp_path / "log", states)
     else:
         sources = write(tmp_path / "log", {n: s.only("parameter", *SCALARS) for n, s in states.items()})

@@ -1,4 +1,4 @@
-"""Flat keys are split into what a tensor is and its name, completely or not at all."""
+"""Flat keys are split into the kind and the name of a tensor, all of them or none."""
 
 from itertools import pairwise
 
@@ -50,7 +50,7 @@ def test_every_tensor_of_a_family_is_found(parameter, gradient):
         keys("p_*") | keys("g_*", {name: (*shape, 2) for name, shape in SHAPES.items()}),
         # A generator and a discriminator.
         keys("g_*") | keys("d_*", {name: (*shape, 2) for name, shape in SHAPES.items()}),
-        # A part of the parameters has no gradient with this word: the keys do not show which one.
+        # Some parameters have no gradient with this word: the keys do not show which ones.
         keys("param_*") | keys("grad_*", {"0.bias": (4,)}) | keys("grad_0.*", {"scale": (4,)}),
     ],
 )
@@ -101,7 +101,7 @@ def write(folder, parameter, gradient, *, last=True):
 
 @pytest.mark.parametrize(("parameter", "gradient"), FAMILIES)
 def test_files_with_such_keys_are_read_without_options(tmp_path, parameter, gradient):
-    last = parameter == "*_p"  # bare names without gradients do not show that they end with what they are
+    last = parameter == "*_p"  # bare names without gradients do not show that they end with their kind
     states = write(tmp_path / "log", parameter, gradient, last=last)
     log = open_source(open_storage(tmp_path / "log"))
     for step, state in zip(log.steps(), states, strict=True):
@@ -123,7 +123,7 @@ def test_all_steps_have_the_same_tensors_whether_or_not_they_have_gradients(tmp_
         log = open_source(open_storage(tmp_path / str(number)))
         with log.open(log.steps()[0]) as reader:
             content = reader.content()
-        # The separators differ, so the keys are not of one family, and nothing is a parameter without gradient.
+        # The separators differ, so the keys do not belong to one family, and the file has no gradients.
         assert not content.arrays.get("gradient")
 
 

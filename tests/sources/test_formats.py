@@ -194,7 +194,7 @@ def write_npz_stack(folder, states):
 
 
 def save_zarr(path, state, version=3, mode="w", **options):
-    # Like a chunk that was never written, which has no value.
+    # This is like a chunk that was never written, which has no value.
     with zarr.config.set({"array.write_empty_chunks": True}):
         group = zarr.open_group(path, mode=mode, zarr_format=version)
         for key, value in state.items():
@@ -261,7 +261,7 @@ COPIED = (
 
 
 def has_copies(folder):
-    """Return whether a trajectory contains states, not only the places of their bytes in the log."""
+    """Return True if a trajectory contains states, not only the locations of their bytes in the log."""
     return any((folder / "trajectory.zarr/parameter/c").glob("**/*"))
 
 
@@ -461,14 +461,14 @@ def test_corrupt_metadata_are_either_read_or_refused(tmp_path, dcp_log, changes)
                 reader.read("parameter", name, 0, np.zeros(np.prod(logged.shape, dtype=int), np.float32))
 
 
-def test_a_checkpoint_without_metadata_is_left_out_with_a_warning(tmp_path, dcp_log, caplog):
+def test_a_checkpoint_without_metadata_is_omitted_with_a_warning(tmp_path, dcp_log, caplog):
     shutil.copytree(dcp_log, tmp_path / "log")
     (tmp_path / "log" / "step-4" / ".metadata").unlink()
     assert [step.number for step in open_source(tmp_path / "log").steps()] == [0, 1, 2, 3]
     assert "step-4 is left for the next pass" in caplog.text
 
 
-def test_an_object_of_an_unknown_class_is_left_out_with_a_note(tmp_path):
+def test_an_object_of_an_unknown_class_is_omitted_with_a_note(tmp_path):
     state = torch.zeros(3)
     tree = {"model": {"weight": state}, "grad": {"weight": state}, "loader": {"rate": Fraction(1, 3)}}
     dcp.save(tree, checkpoint_id=tmp_path / "step-1")
@@ -605,7 +605,7 @@ def test_any_index_is_either_read_or_refused(tmp_path, text):
 # Several sources ---------------------------------------------------------------------------------------------
 
 
-def test_steps_missing_in_one_source_are_left_out_with_a_warning(tmp_path, caplog):
+def test_steps_missing_in_one_source_are_omitted_with_a_warning(tmp_path, caplog):
     checkpoints, gradients = write_mixed(tmp_path / "log", run_of("float32"))
     (checkpoints / "checkpoint_3.pt").unlink()
     (checkpoints / "checkpoint_4.pt").unlink()

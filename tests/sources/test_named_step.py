@@ -1,4 +1,4 @@
-"""Test that files with equal keys share what their keys mean, but no values, and that others do not."""
+"""Test that files with equal keys share the meaning of their keys, but no values, and that others do not."""
 
 import numpy as np
 import pytest
@@ -41,7 +41,7 @@ def described(path):
 
 @pytest.fixture(scope="module")
 def others(tmp_path_factory):
-    """A log whose files displace everything that is known of earlier ones."""
+    """A log whose files replace all interpretations of earlier ones."""
     folder = tmp_path_factory.mktemp("others")
     for number in range(8):
         save_file({f"parameter/{number}": np.ones(number + 1)}, folder / f"step_{number}.safetensors")

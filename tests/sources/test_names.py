@@ -74,14 +74,14 @@ def test_a_quantity_may_be_one_array(tmp_path, suffix, mapping):
 
 
 @pytest.mark.parametrize("suffix", CONTAINERS)
-def test_bare_names_are_parameters_or_gradients_as_the_file_name_says(tmp_path, suffix):
+def test_bare_names_are_parameters_or_gradients_as_the_file_name_indicates(tmp_path, suffix):
     save(tmp_path / "a" / f"params_3{suffix}", {"w": W})
     save(tmp_path / "b" / f"grad-000003{suffix}", {"w": G})
     assert {key: list(value) for key, value in content_of(tmp_path / "a")[1].items()} == {("parameter", "w"): [*W]}
     assert {key: list(value) for key, value in content_of(tmp_path / "b")[1].items()} == {("gradient", "w"): [*G]}
 
 
-def test_other_arrays_beside_gradients_are_not_parameters(tmp_path):
+def test_other_arrays_next_to_gradients_are_not_parameters(tmp_path):
     save(tmp_path / "log" / "step_0.npz", {"gradient/w": G, "momentum/w": W})
     content, _ = content_of(tmp_path / "log")
     assert list(content.arrays) == ["gradient"]
@@ -106,7 +106,7 @@ def test_numbers_in_the_metadata_of_safetensors_are_read(tmp_path, text, value):
     assert content_of(tmp_path / "log")[0].scalars == {"loss": value, "learning_rate": 0.1}
 
 
-def test_texts_in_the_metadata_that_are_not_numbers_are_reported(tmp_path):
+def test_text_in_the_metadata_that_is_not_a_number_is_reported(tmp_path):
     save(tmp_path / "log" / "step_3.safetensors", {"parameter/w": W, "gradient/w": G}, {"loss": "tensor(0.5)"})
     content, _ = content_of(tmp_path / "log")
     assert not content.scalars

@@ -1,4 +1,4 @@
-"""Logs are found in folders by their content; folders of steps and of loggers are not searched twice."""
+"""Logs are found in folders by their content; folders of steps and loggers are not searched twice."""
 
 import numpy as np
 
@@ -26,7 +26,7 @@ def test_each_log_is_found_once(tmp_path):
     assert len(found) == len(set(found))
 
 
-def test_the_search_stops_when_it_is_told_to(tmp_path):
+def test_the_search_stops_when_requested(tmp_path):
     write_log(tmp_path / "a", STATES)
     assert list(logs_below(tmp_path, lambda: True)) == []
 

@@ -228,7 +228,7 @@ def test_names_without_any_number_need_the_key(tmp_path):
     assert steps_of(tmp_path / "log", mapping={"step": "global_step"}) == {10: "first.ckpt", 20: "second.ckpt"}
 
 
-def test_a_file_of_an_epoch_among_steps_is_left_out_with_a_warning(tmp_path, caplog):
+def test_a_file_of_an_epoch_among_steps_is_omitted_with_a_warning(tmp_path, caplog):
     write_lightning(tmp_path, ["epoch=0-step=1", "epoch=0-step=2", "epoch=3", "last"], [1, 2, 3, 3])
     assert list(steps_of(tmp_path)) == [1, 2]
     assert "1 entries are skipped" in caplog.text

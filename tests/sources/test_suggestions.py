@@ -34,7 +34,7 @@ def test_patterns(tmp_path, names, expected):
     [
         ({"net/w": W, "net/b": B, "dw/grad/w": W, "dw/grad/b": B}, {"parameter": "net", "gradient": "dw/grad"}),
         ({"theta": W, "g": W}, {"parameter": "theta", "gradient": "g"}),
-        # The names do not tell which of both is the model.
+        # The names do not show which of the two is the model.
         ({"x/w": W, "y/w": W, "grads/w": W}, {}),
         ({"weights/w": W, "y/w": W, "grads/w": W}, {"parameter": "weights", "gradient": "grads"}),
         # Shapes differ, so these are not the gradients of these parameters.

@@ -1,4 +1,4 @@
-"""Names that differ by a known rule are matched one to one, with a note, and nothing else is."""
+"""Only names that differ by a known rule are matched, one to one and with a note."""
 
 import numpy as np
 import pytest
@@ -86,7 +86,7 @@ def test_matched_gradients_are_read_and_reported(tmp_path, parameters, others):
         content = complete(step, reader.content())
     np.testing.assert_array_equal(out, gradients[1]["fc.bias"])
     assert list(content.arrays["gradient"]) == [f"{parameters}fc.bias", f"{parameters}fc.weight"]
-    assert "2 tensors of gradient have another name than their parameter" in " ".join(content.notes)
+    assert "2 tensors of gradient have names that differ from those of their parameters" in " ".join(content.notes)
 
 
 def test_matching_can_be_switched_off_and_stays_off(tmp_path):

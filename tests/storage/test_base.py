@@ -50,7 +50,7 @@ def storage(request, tmp_path):
     return open_storage(request.getfixturevalue(request.param)) / "storage"
 
 
-# A storage from outside ------------------------------------------------------------------------------------------
+# A storage of another package ------------------------------------------------------------------------------------
 
 
 def test_a_registered_storage_stores_a_run(in_memory, tmp_path):
@@ -96,7 +96,7 @@ def test_a_storage_in_memory_keeps_no_versions(in_memory):
         open_out(in_memory, version="paper")
 
 
-# The verbs -------------------------------------------------------------------------------------------------------
+# The methods -----------------------------------------------------------------------------------------------------
 
 
 def test_entries_are_put_read_listed_and_deleted(storage):
@@ -233,7 +233,7 @@ def test_only_one_of_several_threads_puts_a_new_file(tmp_path):
     assert entry.get() == won
 
 
-def test_a_file_system_without_links_keeps_what_is_there(tmp_path, monkeypatch):
+def test_a_file_system_without_links_keeps_existing_files(tmp_path, monkeypatch):
     def link(*_):
         raise OSError(errno.EPERM, os.strerror(errno.EPERM))
 

@@ -187,7 +187,7 @@ def test_the_command_reports_a_file_size_limit(tmp_path, log):
 
 
 class Failing:
-    """Make writing system calls fail from some call on, as a quota does."""
+    """Make writing system calls fail from a certain call on, as a quota does."""
 
     def __init__(self, monkeypatch, calls, code):
         self._count, self._calls, self._code = itertools.count(), calls, code
@@ -247,7 +247,7 @@ def test_an_error_of_one_flush_is_raised_after_all_flushes(tmp_path, monkeypatch
             failed.set()
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         failed.wait()
-        time.sleep(0.05)  # long enough for who does not wait
+        time.sleep(0.05)  # long enough for a caller that does not wait
         done.append(file)
 
     monkeypatch.setattr(os, "fsync", fsync)
@@ -298,7 +298,7 @@ def test_the_disk_starts_with_a_segment_of_a_file_before_the_next_is_written(tmp
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == contents
 
 
-def test_each_of_several_files_is_the_old_or_the_new_one_whatever_fails(tmp_path, monkeypatch):
+def test_each_of_several_files_is_the_old_or_the_new_one_after_any_failure(tmp_path, monkeypatch):
     paths = [tmp_path / name for name in "abc"]
     new = {path: path.name.encode() * 20 for path in paths}
     outcomes = set()
@@ -312,7 +312,7 @@ def test_each_of_several_files_is_the_old_or_the_new_one_whatever_fails(tmp_path
         assert all(path.read_bytes() == b"old" for path, done in zip(paths, replaced, strict=True) if not done)
         outcomes.add(sum(replaced))
         assert sorted(tmp_path.iterdir()) == paths
-    # Flushes of all of them come before the first name.
+    # All of them are flushed before the first is renamed.
     assert outcomes == {0, 1, 2, 3}
 
 

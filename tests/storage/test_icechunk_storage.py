@@ -1,4 +1,4 @@
-"""OUT as an Icechunk repository (--store icechunk), on a real server that speaks S3, and its versions."""
+"""OUT as an Icechunk repository (--store icechunk), on a real server with the S3 interface, and its versions."""
 
 import datetime
 import json
@@ -414,7 +414,7 @@ def test_documents_have_the_names_of_files(url):
 
 
 def test_the_size_of_a_commit_does_not_grow_with_the_run(url):
-    """A manifest lists some chunks, though the array has more: those of 64 random float32 are kept in it."""
+    """A manifest lists some chunks, though the array has more: those of 64 random float32 are stored in it."""
     rows, elements = 600, 64
     store = written(url, rows=rows, elements=elements, chunk=(1, elements))
     folder = url / "stores.icechunk" / "manifests"

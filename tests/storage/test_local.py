@@ -36,7 +36,7 @@ def special(request, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("opener", OPENERS)
-def test_a_path_that_is_not_a_regular_file_is_refused_at_once(special, opener):
+def test_a_path_that_is_not_a_regular_file_is_refused_immediately(special, opener):
     path, kind = special
     with pytest.raises(NotRegularError, match=f"not a regular file: it is a (named )?{kind}") as caught:
         OPENERS[opener](path)

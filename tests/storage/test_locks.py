@@ -220,7 +220,7 @@ def stores(out):
     }
 
 
-def test_two_hosts_that_use_one_out_at_once_give_the_data_of_one(tmp_path):
+def test_two_hosts_that_use_one_out_at_the_same_time_give_the_data_of_one(tmp_path):
     write_log(tmp_path / "logs" / "run", random_walk(6))
     namespaces = [*UNSHARE, *([] if os.geteuid() == 0 else ["--map-root-user"])]
     rounds, ends = 4, []

@@ -344,7 +344,7 @@ def put_step(folder, number, state, container):
 
 
 @pytest.mark.parametrize("container", ["safetensors", "npz"])
-def test_a_log_is_read_where_it_is(url, tmp_path, container):
+def test_a_log_is_read_in_place(url, tmp_path, container):
     # The header is longer than a block, and the tensors end within blocks.
     states = logs.random_walk(3, {f"tensor.{number}": (1501,) for number in range(700)})
     here = logs.write_log(tmp_path / "log", states[:2], container=container)
@@ -663,7 +663,7 @@ def newly_opened(s3_server):
     forget_object_stores()
 
 
-def test_a_store_that_does_not_answer_is_a_temporary_error(newly_opened, monkeypatch):
+def test_a_store_that_does_not_respond_is_a_temporary_error(newly_opened, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     monkeypatch.setattr(newly_opened, "retries", 1)

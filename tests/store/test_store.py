@@ -1,4 +1,4 @@
-"""A run that continues, restarts and is ingested by processes that die, compared with states in memory."""
+"""Compare a run that continues, restarts and is ingested by processes that die with states in memory."""
 
 import os
 import shutil
@@ -23,11 +23,11 @@ CHANGES = ("os.rename", "os.link", "os.remove", "os.mkdir", "os.rmdir", "os.trun
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL: no file is changed any more, not even by clean-up code."""
+    """Simulates SIGKILL: afterwards no file is changed, not even by clean-up code."""
 
 
 class Reaper:
-    """Lets changes of files happen, so many of them and no more."""
+    """Allows a number of file changes, and prevents all later ones."""
 
     left = None
 
@@ -44,7 +44,7 @@ class Reaper:
 
 
 reaper = Reaper()
-sys.addaudithook(reaper.hear)  # for good, so it listens only while a process is to die
+sys.addaudithook(reaper.hear)  # An audit hook cannot be removed, so it acts only while a process is to die.
 
 
 @pytest.fixture(autouse=True)

@@ -102,29 +102,29 @@ def path(tmp_path):
 class Watch:
     """Call a function around every rename and in-place write, and before every flush, in any thread."""
 
-    def __init__(self, monkeypatch, look):
+    def __init__(self, monkeypatch, observe):
         replace, link, fsync, pwrite = Path.replace, os.link, os.fsync, os.pwrite
 
         def watched_pwrite(descriptor, *arguments):
             path = Path(f"/proc/self/fd/{descriptor}").readlink()
-            look("write", path, before=True)
+            observe("write", path, before=True)
             count = pwrite(descriptor, *arguments)
-            look("write", path, before=False)
+            observe("write", path, before=False)
             return count
 
         def watched_replace(aside, target):
-            look("rename", Path(target), before=True)
+            observe("rename", Path(target), before=True)
             moved = replace(aside, target)
-            look("rename", Path(target), before=False)
+            observe("rename", Path(target), before=False)
             return moved
 
         def watched_link(aside, target):
-            look("rename", Path(target), before=True)
+            observe("rename", Path(target), before=True)
             link(aside, target)
-            look("rename", Path(target), before=False)
+            observe("rename", Path(target), before=False)
 
         def watched_fsync(descriptor):
-            look("flush", Path(f"/proc/self/fd/{descriptor}").readlink(), before=True)
+            observe("flush", Path(f"/proc/self/fd/{descriptor}").readlink(), before=True)
             fsync(descriptor)
 
         monkeypatch.setattr(Path, "replace", watched_replace)
@@ -169,14 +169,14 @@ def test_a_reader_opened_during_a_write_sees_only_complete_steps(path, monkeypat
     write_trajectory(path, {name: array[:3] for name, array in arrays.items()}, SHAPES, CHUNK)
     seen = []
 
-    def look(kind, target, before):
+    def observe(kind, target, before):
         reader = open_trajectory(path)
         assert_holds(reader, arrays, rows=reader.n_states)
         assert max(rows_on_disk(path).values()) <= reader.n_states
         seen.append(reader.n_states)
 
     with monkeypatch.context() as patch:
-        Watch(patch, look)
+        Watch(patch, observe)
         append_states(path, {name: array[3:] for name, array in arrays.items()})
     assert sorted(set(seen)) == [3, 9]
     assert seen == sorted(seen)
@@ -197,9 +197,9 @@ def test_all_data_is_flushed_before_the_record_and_the_record_before_its_name(pa
     flushed = {target for kind, target in events[:named] if kind == "flush"}
     numbers = {target for target in written if target.relative_to(path).parts[0] not in MIXED}
     assert written - numbers <= flushed
-    assert {path / name / "c" for name in MIXED} <= flushed  # where the names of new chunks are kept
+    assert {path / name / "c" for name in MIXED} <= flushed  # the folders that contain the names of new chunks
     assert {target.parent for target in written} <= flushed
-    for target in numbers:  # written aside, flushed and renamed
+    for target in numbers:  # written to a temporary file, flushed and renamed
         renamed = events.index(("rename", target))
         assert any(kind == "flush" and aside.parent == target.parent for kind, aside in events[:renamed])
         assert ("flush", target.parent) in events[renamed:named]
@@ -215,7 +215,7 @@ attempts = st.lists(st.tuples(st.integers(1, 6), st.booleans()), min_size=1, max
 
 
 @pytest.mark.parametrize("chunk", [(1, 8), (4, 5), (64, 13)])
-@settings(max_examples=6)  # each makes a store
+@settings(max_examples=6)  # each example creates a store
 @given(attempts=attempts, seed=st.integers(0, 9))
 def test_data_of_an_interrupted_write_are_overwritten(tmp_path_factory, chunk, attempts, seed):
     path = tmp_path_factory.mktemp("store") / "trajectory.zarr"
@@ -374,7 +374,7 @@ def test_later_writes_do_not_change_states_that_a_reader_sees(path):
 
 
 def let_the_cache_hold(monkeypatch, everything):
-    """Let the system report that the page cache contains all bytes, or none."""
+    """Make the system report that the page cache contains all bytes, or none."""
     preadv = os.preadv
 
     def answering(descriptor, buffers, offset, flags=0):
@@ -558,7 +558,7 @@ def test_a_changed_state_is_rejected_with_its_array_and_step(path):
     counts=st.lists(st.integers(1, 4), min_size=1, max_size=12),
     ranges=st.lists(st.tuples(st.integers(0, 48), st.integers(0, 48)), min_size=1, max_size=4),
 )
-@settings(max_examples=30)  # each makes a store
+@settings(max_examples=30)  # each example creates a store
 def test_checksums_of_a_range_are_read_from_its_own_records(tmp_path_factory, counts, ranges):
     path, arrays = tmp_path_factory.mktemp("committed") / "trajectory.zarr", walk_arrays(sum(counts), ELEMENTS)
     stops = np.cumsum(counts)
@@ -579,7 +579,7 @@ def test_checksums_of_a_range_are_read_from_its_own_records(tmp_path_factory, co
             ]
             assert found[name].tolist() == [[checksum(np.ascontiguousarray(part)) for part in row] for row in words]
         own = np.searchsorted(stops, stop) - np.searchsorted(stops, start, "right") + 1
-        # The first record is found by bisection, and the one after the last shows that it was the last.
+        # The first record is found by bisection, and the one after the last shows where the range ends.
         assert len(read) <= own + 1 + 1 + len(counts).bit_length()
 
 
@@ -871,7 +871,7 @@ def test_a_ledger_chunk_is_recorded_after_its_data_is_on_disk(ledger, monkeypatc
         aside = chunk.with_name(f".{chunk.name}.{os.getpid()}.{threading.get_native_id()}.tmp")
         order = [events.index(event) for event in (("flush", aside), ("rename", chunk), ("flush", chunk.parent))]
         assert [*order, named] == sorted([*order, named])
-    # Every folder that a name was added to is flushed once, and that of the ledger, which has no new one, is not.
+    # Every folder with a new name is flushed once. That of the ledger has no new name and is not flushed.
     folders = {
         folder for chunk in chunks for folder in chunk.parents if ledger.storage.local_path in folder.parents
     }
@@ -882,7 +882,7 @@ def test_a_ledger_chunk_is_recorded_after_its_data_is_on_disk(ledger, monkeypatc
 def test_files_of_a_ledger_chunk_are_flushed_together(ledger, monkeypatch):
     written = []
 
-    def look(kind, target, before):
+    def observe(kind, target, before):
         if kind == "flush" and target.suffix == ".tmp" and target.parent.name != "commits":
             sizes = {
                 path.relative_to(ledger.storage.local_path).parts[0]: path.stat().st_size
@@ -894,7 +894,7 @@ def test_files_of_a_ledger_chunk_are_flushed_together(ledger, monkeypatch):
         return [path for path in folder.rglob(".*.tmp") if path.parent.name != "commits"]
 
     with monkeypatch.context() as patch:
-        Watch(patch, look)
+        Watch(patch, observe)
         fill(ledger, [BANDS[0]])
     assert written == [{"gram": 3 * 3 * 25 * 8, "residual_ratio": 3 * 3 * 8}] * 2
 
@@ -944,16 +944,16 @@ def test_an_extended_ledger_keeps_its_complete_chunks(ledger):
 def test_the_numbers_of_new_updates_are_on_disk_before_a_ledger_chunk_is_recorded(ledger, monkeypatch):
     flushed = {}
 
-    def look(kind, target, before):
+    def observe(kind, target, before):
         if kind == "flush":
             flushed[target] = target.read_bytes() if target.is_file() else sorted(target.iterdir())
 
     with monkeypatch.context() as patch:
-        Watch(patch, look)
+        Watch(patch, observe)
         prepare_ledger(ledger.storage.local_path, np.append(STEPS, [9, 10]))
     for folder in (ledger.storage.local_path / "step" / "c", ledger.storage.local_path / "step_span" / "c"):
         assert flushed[folder] == [folder / "0"]
-        # The file is written aside, flushed and renamed.
+        # The file is written under a temporary name, flushed and renamed.
         aside = [content for path, content in flushed.items() if path.parent == folder and path.name[0] == "."]
         assert aside == [(folder / "0").read_bytes()]
 
@@ -986,7 +986,7 @@ def test_a_checksum_covers_64_kib_or_an_update_and_each_update_once(tmp_path, te
         groups = [values[low : low + covered] for low in range(0, rows, covered)]
         assert record["checksums"][name].tolist() == [[checksum(group)] for group in groups]
         assert all(group.nbytes >= 65536 for group in groups[:-1])
-        assert covered == 1 or values[1:covered].nbytes < 65536  # no more rows than that takes
+        assert covered == 1 or values[1:covered].nbytes < 65536  # not more updates than necessary
 
 
 @pytest.mark.parametrize(

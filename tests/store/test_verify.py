@@ -23,7 +23,7 @@ from opened import compute_ledger, prepare_ledger, verify_ledger, verify_traject
 
 SHAPES = {"a": (3, 3), "b": (), "c": (3,)}  # 13 elements
 MIXED = {"parameter": "float32", "gradient": "bfloat16", "hvp": "float64"}
-CHUNK, ROWS = (4, 5), 6  # the last chunks have two rows, and of the last column three elements
+CHUNK, ROWS = (4, 5), 6  # the last chunks have two states, and those of the last column three elements
 ITEMSIZE = {"parameter": 4, "gradient": 2, "hvp": 8}
 
 
@@ -206,7 +206,8 @@ def test_a_damaged_ledger_chunk_names_the_updates_of_the_checksum(tmp_path):
     for chunk in (LedgerChunk(0, rows), LedgerChunk(rows, 2 * rows)):
         gram_ledger.write(chunk, gram, gram[:, :, 0, 0], "digest")
     assert list(verify_ledger(path)) == []
-    covered = math.ceil(65536 / gram[0].nbytes)  # 110 rows: of a ledger chunk nine groups, and one of 10 rows
+    # A ledger chunk has nine groups of 110 updates, and one of 10.
+    covered = math.ceil(65536 / gram[0].nbytes)
     damages = {"gram": (0, covered - 1, covered, rows - 1), "residual_ratio": (rows - 1,)}
     for name, damaged in damages.items():
         chunk = gram_ledger.chunk_entry(name, rows).local_path

@@ -71,12 +71,12 @@ def segment(size, seed, length):
 
 @pytest.mark.parametrize("make", MAKES)
 @given(drawn=segments)
-def test_the_displacement_meets_every_discrete_gradient_in_the_change_of_loss(make, drawn):
+def test_every_discrete_gradient_explains_the_change_of_loss(make, drawn):
     size, seed, length = drawn
     function, (start, end) = Quartic(size, seed), segment(*drawn)
     discrete = MAKES[make](function, start, end)
     change = function.loss(end) - function.loss(start)
-    # The losses' rounding, that of an inner product, of theta1 - theta0, and the tolerance asked of the quadrature.
+    # The rounding of the losses, of an inner product and of theta1 - theta0, and the tolerance of the quadrature.
     scale = np.abs(discrete) @ (np.abs(start) + np.abs(end))
     bound = 8 * function.rounding(start, end) + 8 * size * U * scale + 2e-12 * np.linalg.norm(discrete) * length * 8
     assert discrete @ (end - start) == pytest.approx(change, abs=bound)
@@ -85,10 +85,10 @@ def test_the_displacement_meets_every_discrete_gradient_in_the_change_of_loss(ma
 
 @pytest.mark.parametrize("make", MAKES)
 @given(size=st.integers(1, 4), seed=st.integers(0, 10_000))
-def test_every_discrete_gradient_goes_to_the_gradient_in_proportion_to_the_step(make, size, seed):
+def test_every_discrete_gradient_converges_to_the_gradient_linearly(make, size, seed):
     function, (start, end) = Quartic(size, seed), segment(size, seed, 1.0)
     gradient, direction = function.gradient(start), (end - start) / np.linalg.norm(end - start)
-    # A bound of the curvature within a step of length 1.
+    # A bound on the curvature within a step of length 1.
     reach = np.abs(start) + 1.0
     curvature = np.linalg.norm(function.hessian, 2) + 12 * (np.abs(function.weights) * reach**2).max()
     curvature += function.wave @ function.wave
@@ -96,7 +96,7 @@ def test_every_discrete_gradient_goes_to_the_gradient_in_proportion_to_the_step(
         step = start + length * direction
         off = np.linalg.norm(MAKES[make](function, start, step) - gradient)
         shortest = np.abs(step - start).min() if make == "itoh_abe" else length
-        # Difference quotients lose the rounding of the losses over the length of a move.
+        # The error of a difference quotient is the rounding of the losses divided by the length of the move.
         assert off <= 2 * np.sqrt(size) * curvature * length + 16 * size * function.rounding(start, step) / shortest
     assert np.array_equal(MAKES[make](function, start, start), gradient)
 
@@ -117,23 +117,23 @@ def test_itoh_abe_has_the_known_value_for_a_product():
     # L = x y from (1, 2) to (3, 5): (L(3, 2) - L(1, 2)) / 2, then (L(3, 5) - L(3, 2)) / 3.
     discrete = itoh_abe(lambda x: x[0] * x[1], lambda x: x[::-1], [1.0, 2.0], [3.0, 5.0])
     assert discrete.tolist() == [2.0, 3.0]
-    # A coordinate that stays has its derivative where the others have come so far.
+    # A coordinate that does not change has its derivative at the current values of the others.
     assert itoh_abe(lambda x: x[0] * x[1], lambda x: x[::-1], [1.0, 2.0], [3.0, 2.0]).tolist() == [2.0, 3.0]
 
 
-def test_the_mean_value_of_a_cubic_is_that_of_simpson():
+def test_the_mean_value_of_a_cubic_is_that_of_simpsons_rule():
     # The gradient 3 x^2 is integrated exactly by Simpson's rule, and by x^3 at the ends: 7 / 1.
     assert mean_value(lambda x: x[0] ** 3, lambda x: 3 * x**2, [1.0], [2.0])[0] == pytest.approx(7.0, rel=1e-12)
 
 
-def test_lambda_of_a_quartic_is_where_its_curvature_is_the_mean_one():
+def test_lambda_of_a_quartic_is_the_point_of_mean_curvature():
     # L = x^4 from 1 to 1 + p: 12 (1 + lambda p)^2 = 12 + 8 p + 2 p^2.
     for p in (0.5, -0.3, 2.0):
         found = taylor_points(lambda x: x[0] ** 4, lambda x: 4 * x**3, lambda x, v: 12 * x**2 * v, [1.0], [1.0 + p])
         assert found == pytest.approx([(np.sqrt(1 + 2 * p / 3 + p**2 / 6) - 1) / p], rel=1e-13)
 
 
-def test_lambda_is_not_unique_and_the_three_of_the_errata_are_found():
+def test_all_three_values_of_lambda_in_the_errata_are_found():
     def loss(x):
         return float(x[0] ** 5 / 20 - x[0] ** 4 / 8 + x[0] ** 3 / 10)
 
@@ -202,7 +202,7 @@ def test_a_gradient_of_another_loss_has_no_lambda():
 
 
 def test_a_curvature_that_jumps_over_zero_has_no_root():
-    # L = |x| x: the curvature is -2 and 2, and from -1 to 3 neither is what eq. (11) asks for.
+    # L = |x| x: the curvature is -2 or 2, and from -1 to 3 neither satisfies eq. (11).
     with pytest.raises(InputError, match=r"no lambda of eq\. \(11\) was found"):
         taylor_points(
             lambda x: float(abs(x[0]) * x[0]),

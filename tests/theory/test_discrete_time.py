@@ -1,4 +1,4 @@
-"""Compare the error of the correction of a discrete gradient with displacements that are off."""
+"""Test the bound on the error of the correction of a discrete gradient with inaccurate displacements."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def correction(x, g, part, rate, change):
     size=st.sampled_from([0.0, 1e-3, 1.0, 10.0]),
     rate=st.sampled_from([0.01, 1.0]),
 )
-def test_a_displacement_that_is_off_moves_the_correction_by_no_more_than_its_floor(seed, share, size, rate):
+def test_an_inaccurate_displacement_changes_the_correction_by_at_most_its_floor(seed, share, size, rate):
     rng = np.random.default_rng(seed)
     x, g = rng.standard_normal((2, 6))
     # With a size of 0 the change of the loss is that of the gradient, and the correction is 0.

@@ -141,7 +141,7 @@ def test_propositions_2_and_3_bound_every_metric_of_the_family(pair, gamma):
 @given(pair=pairs())
 def test_the_bounds_are_approached_at_both_ends_of_the_family(pair):
     infimum, supremum = geometry.eigenvalue_bounds(pair)
-    # With e = gamma (or 1 / gamma) the eigenvalue is off by a relative e tan^2 psi, to first order.
+    # With e = gamma (or 1 / gamma), the relative error of the eigenvalue is e tan^2 psi, to first order.
     end = 1e-16
     bound = 2 * end * geometry.condition_number(pair) + promised_relative_error(geometry.cosine(pair))
     assert geometry.family_eigenvalues(pair, [end])[0][0] == pytest.approx(float(infimum), rel=float(bound))
@@ -221,7 +221,7 @@ def test_the_corrected_gradient_obeys_equation_12(seed, change):
 def test_half_of_another_vector_is_added_to_the_gradient_for_any_residual(seed, ratio, angle):
     y, g = vectors_at(angle, 12, seed)
     change = np.random.default_rng(seed).standard_normal(12)
-    # With a rough ratio the residual lies along the displacement as well.
+    # With an inaccurate ratio, the residual also has a component along the displacement.
     states = exact_vectors(np.zeros(12), g, -y, change - y, ratio)
     half = geometry.pair(exact_gram(states), VECTORS, 1.0, 12, half="gradient_change")
     expected = y - change / 2
@@ -237,7 +237,7 @@ def test_without_a_displacement_the_corrected_gradient_is_the_gradient():
     assert corrected.gradient_norm == pair.gradient_norm
 
 
-# What is not defined -----------------------------------------------------------------------------------------
+# Undefined values -----------------------------------------------------------------------------------------
 
 Y, G = np.array([1.0, 2.0, 3.0]), np.array([0.5, -0.25, 1.0])
 CASES = {
@@ -285,7 +285,7 @@ def test_the_first_of_several_reasons_is_the_status(y, g, rate, first):
     assert geometry.status(pair, rate, np.isfinite(y).all(), known=False) == first
 
 
-def test_a_pair_that_overflows_or_underflows_has_a_status_of_its_own():
+def test_a_pair_that_overflows_or_underflows_has_a_separate_status():
     pair = Pair(np.array(np.inf), np.array(np.inf), np.array(1.0), np.array(3))
     assert geometry.status(pair, 0.5) == Status.OVERFLOW
     pair = Pair(np.array(geometry.NONZERO), np.array(0.0), np.array(1.0), np.array(3))
@@ -329,7 +329,7 @@ def test_a_condition_number_is_infinite_if_the_component_along_the_update_underf
         ([np.nan, 0.0], np.nan),
     ],
 )
-def test_the_square_of_a_vector_tells_what_the_vector_is(vector, square):
+def test_the_square_of_a_vector_classifies_the_vector(vector, square):
     np.testing.assert_equal(float(geometry.squared_norm(vector)), square)
 
 
@@ -340,13 +340,11 @@ def test_a_scalar_that_does_not_move_keeps_its_gradient():
     assert pair.gradient_norm == 2.0
 
 
-# Errors of what was stored -----------------------------------------------------------------------------------
+# Errors of stored values -----------------------------------------------------------------------------------
 
 
 @given(seed=st.integers(0, 200), update_error=st.floats(1e-9, 3), gradient_error=st.floats(1e-9, 3))
-def test_errors_of_the_stated_norms_turn_the_angle_by_no_more_than_its_uncertainty(
-    seed, update_error, gradient_error
-):
+def test_errors_change_the_angle_by_at_most_its_uncertainty(seed, update_error, gradient_error):
     rng = np.random.default_rng(seed)
     y, g, y_error, g_error = rng.standard_normal((4, 3))
     moved = pair_of(
@@ -386,7 +384,7 @@ def chain(parameter, gradient, learning_rate=1.0):
     return geometry.pair(out[0, 0], VECTORS, learning_rate, parameter.shape[1])
 
 
-def assert_chain_keeps_the_promises(parameter, gradient):
+def assert_chain_has_the_guaranteed_accuracy(parameter, gradient):
     """Compare the angle and condition number of a float64 run of two states with exact arithmetic."""
     pair = chain(parameter, gradient)
     with mp.workdps(60):
@@ -408,15 +406,15 @@ def assert_chain_keeps_the_promises(parameter, gradient):
         *((100_000, angle) for angle in (1e-9, ANGLES[-1])),
     ],
 )
-def test_kernel_and_formulas_keep_the_promises_of_accuracy(size, angle):
+def test_kernel_and_formulas_have_the_guaranteed_accuracy(size, angle):
     y, g = vectors_at(angle, size)
     rng = np.random.default_rng(4)
     before = rng.standard_normal(size)
-    assert_chain_keeps_the_promises(np.stack([before, before + 1e-3 * g]), np.stack([-y, y]))
+    assert_chain_has_the_guaranteed_accuracy(np.stack([before, before + 1e-3 * g]), np.stack([-y, y]))
 
 
 @pytest.mark.parametrize("share", [1e-7, 1e-10, 1e-13])
-def test_a_segment_with_a_poor_sample_keeps_the_promises_of_accuracy(share):
+def test_a_segment_with_a_poor_sample_has_the_guaranteed_accuracy(share):
     size = 20_000
     rng = np.random.default_rng(0)
     g = rng.standard_normal(size)
@@ -427,4 +425,4 @@ def test_a_segment_with_a_poor_sample_keeps_the_promises_of_accuracy(share):
         sampled[start : start + 64] = True
     g[sampled] *= share
     y = np.where(sampled, -3.0, 1.0) * g
-    assert_chain_keeps_the_promises(np.stack([np.zeros(size), g]), np.stack([-y, y]))
+    assert_chain_has_the_guaranteed_accuracy(np.stack([np.zeros(size), g]), np.stack([-y, y]))

@@ -93,7 +93,7 @@ def test_a_metric_with_directions_of_the_user_acts_as_its_matrix(size, count, se
     directions = rng.standard_normal((size, count)) * 10.0 ** rng.uniform(-2, 2, count)
     directions -= np.outer(g, g @ directions) / (g @ g)
     directions -= np.outer(g, g @ directions) / (g @ g)
-    # Negative weights that cannot outweigh alpha together.
+    # Negative weights that together do not exceed alpha.
     shares = rng.uniform(-0.9, 1, count) if signed else np.ones(count)
     weights = shares / np.sum(directions**2, axis=0) / max(count, 1)
     with mp.workdps(60):
@@ -115,7 +115,7 @@ def test_a_metric_maps_g_to_y_and_back_to_rounding(angle, size):
     y, g = vectors_at(angle if size > 1 else 0.0, size, seed=3)
     metric = Metric(y, g)
     values, _ = metric.eigenvalues()
-    # Into the basis, through the block, out of the basis: each an inner product and a few roundings more.
+    # Into the basis, through the block, out of the basis: an inner product and a few roundings each.
     bound = 8 * roundoff_bound(size)
     assert np.linalg.norm(metric @ g - y) <= bound * values[0] * np.linalg.norm(g)
     assert np.linalg.norm(metric.solve(y) - g) <= bound * np.linalg.norm(y) / values[-1]
@@ -126,7 +126,7 @@ def test_a_metric_maps_g_to_y_and_back_to_rounding(angle, size):
 
 @pytest.mark.parametrize("factor", [1 / 3, 3.0, 1e-5])
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
-def test_parallel_vectors_have_a_metric_whatever_their_rounding(size, factor):
+def test_parallel_vectors_have_a_metric_despite_rounding(size, factor):
     for seed in range(40):
         g = np.random.default_rng(seed).standard_normal(size)
         y = g * factor
@@ -197,11 +197,11 @@ def test_every_logged_update_is_natural_gradient_descent(gamma):
         bound = 8 * roundoff_bound(8)
         assert np.linalg.norm(metric @ update + grad) <= bound * values[0] * np.linalg.norm(update)
         error = np.linalg.norm(theta + eta * metric.solve(-grad) - after)
-        # The sum rounds once, and the update itself carries the rounding of the logged states.
+        # The sum is rounded once, and the update itself contains the rounding of the logged states.
         assert error <= bound * eta * np.linalg.norm(grad) / values[-1] + 2.0**-52 * np.linalg.norm(theta)
 
 
-def test_the_numbers_of_many_steps_are_computed_at_once():
+def test_the_numbers_of_many_steps_are_computed_together():
     parameter, gradient, rate = logged(DATA / "linear_system")
     update = np.diff(parameter, axis=0) / rate[:-1, None]
     pairs = pair_of(-gradient[:-1], update)
@@ -243,7 +243,7 @@ def test_lengths_whose_squares_are_out_of_range_give_nan(scale, expected):
         assert np.isnan(geometry.condition_number(pair))
 
 
-# What is refused ---------------------------------------------------------------------------------------------
+# Invalid input ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -347,7 +347,7 @@ def test_eigenvalues_that_are_too_close_for_the_tolerance_are_an_error():
         extremes_of_products(second_difference, 2000, 1e-12)
 
 
-def test_the_extreme_eigenvalues_are_the_same_of_every_kind_of_matrix():
+def test_the_extreme_eigenvalues_are_the_same_for_every_kind_of_matrix():
     rng = np.random.default_rng(0)
     left, right = (a @ a.T + np.eye(len(a)) for a in (rng.standard_normal((18, 18)), rng.standard_normal((17, 17))))
     product = Kronecker(left, right)
@@ -380,7 +380,7 @@ def test_the_smallest_eigenvalue_of_a_hessian_comes_from_its_products_with_vecto
 
 
 def test_a_lanczos_iteration_that_does_not_converge_is_an_error():
-    # The smallest eigenvalues lie closer together than rounding of the largest resolves.
+    # The distance between the smallest eigenvalues is below the rounding error of the largest.
     values = np.geomspace(1e-12, 1.0, 257)
     operator = LinearOperator((257, 257), matvec=lambda x: values * x.ravel(), dtype=float)
     with pytest.raises(InputError, match="did not converge"):
@@ -389,7 +389,7 @@ def test_a_lanczos_iteration_that_does_not_converge_is_an_error():
 
 
 @given(seed=st.integers(0, 300))
-def test_the_preconditioner_of_adam_is_a_metric_of_its_own_momentum_only(seed):
+def test_the_preconditioner_of_adam_is_a_metric_only_of_its_own_momentum(seed):
     rng = np.random.default_rng(seed)
     gradient, momentum = rng.standard_normal((2, 30))
     preconditioner = np.sqrt(rng.exponential(size=30)) + 1e-8
@@ -413,7 +413,7 @@ def test_a_preconditioner_of_kronecker_factors_is_worse_conditioned_than_necessa
     gradient = rng.standard_normal((4, 6))
     update = -np.linalg.solve(left, gradient) @ np.linalg.inv(right)
     form = canonical_form(Kronecker(left, right), update.ravel(), -gradient.ravel())
-    # The update was solved for: its residual grows with the condition of the factors.
+    # The update is the solution of a linear system, whose residual grows with the condition number of the factors.
     assert form.mapping_residual <= 24 * 2.0**-52 * np.linalg.cond(left) * np.linalg.cond(right)
     assert form.condition_number == pytest.approx(np.linalg.cond(left) * np.linalg.cond(right))
     assert 1 < form.smallest_condition_number < form.condition_number

@@ -59,7 +59,7 @@ def test_a_factor_that_is_symmetric_to_rounding_is_made_symmetric(size, seed):
 
 @pytest.mark.parametrize("turned", [False, True])
 def test_the_asymmetry_of_a_root_is_measured_in_its_own_metric(turned):
-    # Two pairs of directions. |S^(-1/2) K S^(-1/2)| is the larger share, and not the root of the sum of squares.
+    # Two pairs of directions. |S^(-1/2) K S^(-1/2)| is the larger of the two, not the root of the sum of squares.
     values, basis = np.array([1.0, 100.0, 4.0, 9.0]), np.eye(4)
     if turned:
         basis, _ = np.linalg.qr(np.random.default_rng(0).standard_normal((4, 4)))
@@ -80,7 +80,7 @@ def test_the_asymmetry_of_a_root_is_measured_in_its_own_metric(turned):
     [
         ([[1.0, np.nan], [0.0, 1.0]], {"definite": False}, "is not finite"),
         ([1.0, 0.0], {"definite": True}, "is not positive definite: its smallest element is 0"),
-        ([[0.0, 0.0], [0.0, 0.0]], {"definite": True}, "is zero: it was not computed yet"),
+        ([[0.0, 0.0], [0.0, 0.0]], {"definite": True}, "is zero: it has not been computed yet"),
         ([[1.0, 0.0], [0.0, 0.0]], {"definite": True}, "is not positive definite"),
         ([[1.0, 0.0], [0.0, 1e-16]], {"definite": True}, "is not positive definite"),
     ],
@@ -151,7 +151,7 @@ def test_the_damping_of_kfac_is_balanced_by_mean_eigenvalues():
     assert balanced_damping((gradients, inputs), 0.0, 0.25) == (0.25, 0.25)
     assert balanced_damping((gradients, 0.0 * inputs), 4.0, 0.0) == (math.inf, 0.0)
     for refused in ((0.0 * gradients, inputs, 4.0), (gradients, -inputs, 4.0), (gradients, inputs, -1.0)):
-        with pytest.raises(InputError, match="no damping follows from"):
+        with pytest.raises(InputError, match="cannot balance damping"):
             balanced_damping(refused[:2], refused[2], 0.0)
 
 
@@ -184,7 +184,7 @@ def test_the_metric_of_soap_is_divided_by_its_bias():
     refused = [(-1.0, 9.0, 1.0, 1.0), (9.0, 4.0, 1.0, 1.0), (4.0, infinite, 1.0, 1.0), (nan, 1.0, 1.0, 1.0)]
     refused += [(4.0, 9.0, 1.0, 0.0), (0.0, 9.0, 0.0, 1.0), (4.0, 9.0, 1.0, nan)]
     for arguments in refused:
-        with pytest.raises(InputError, match="exp_avg_sq is"):
+        with pytest.raises(InputError, match="exp_avg_sq ranges from"):
             rotated_eigenvalues(*arguments)
 
 
@@ -237,7 +237,7 @@ def test_a_product_with_negative_eigenvalues_is_refused_or_has_exact_extremes():
             factor_eigenvalues([1.0, np.inf], exponent=exponent)
     with pytest.raises(InputError, match="not positive definite"):
         factor_eigenvalues(np.diag([1.0, 2.0**-53]), exponent=-1.0)
-    with pytest.raises(InputError, match="no damping follows"):
+    with pytest.raises(InputError, match="cannot balance damping"):
         balanced_damping((np.eye(2), np.eye(2)), -1.0, 1e-8)
 
 
@@ -267,5 +267,5 @@ def test_eigenvalues_of_a_rotated_metric_need_its_complete_state():
         (0.0, 4.0, 0.0, 0.5),
         (0.25, 4.0, 0.5, np.nan),
     ):
-        with pytest.raises(InputError, match="exp_avg_sq is"):
+        with pytest.raises(InputError, match="exp_avg_sq ranges from"):
             rotated_eigenvalues(*known)

@@ -1,7 +1,7 @@
 """Test each statement of the paper for random and adversarial vectors, in 60 digits.
 
 docs/explanation/paper.md has the table from statement to function, test and variable.
-docs/explanation/errata.md lists what does not hold as printed.
+docs/explanation/errata.md lists the statements that do not hold as printed.
 """
 
 import importlib
@@ -25,7 +25,7 @@ from reference import exact, exact_metric, promised_relative_error, vectors_at
 
 ROOT = Path(__file__).parents[2]
 U = 2.0**-53
-# Parallel, nearly so, in general position, nearly orthogonal.
+# Parallel, nearly parallel, in general position, nearly orthogonal.
 angles = st.one_of(st.sampled_from([0.0, 1e-9, 1e-4, np.pi / 2 - 1e-4, np.pi / 2 - 1e-7]), st.floats(0.01, 1.55))
 vectors = st.builds(
     lambda angle, size, seed, length: vectors_at(angle if size > 1 else 0.0, size, seed, length),
@@ -40,7 +40,7 @@ gammas = st.one_of(st.floats(1e-6, 1e6), st.just(1.0))
 
 @st.composite
 def any_metrics(draw):
-    """A symmetric positive definite matrix without structure, eigenvalues over up to 12 decades, and an update."""
+    """An unstructured symmetric positive definite matrix, with eigenvalues over up to 12 decades, and an update."""
     size, rng = draw(st.integers(1, 5)), np.random.default_rng(draw(seeds))
     decades = draw(st.sampled_from([0.0, 1.0, 6.0]))
     turn, _ = np.linalg.qr(rng.standard_normal((size, size)))
@@ -96,7 +96,7 @@ def test_equation_6_is_symmetric_positive_definite_and_maps_g_to_y(pair, seed):
         assert mp.norm(matrix - matrix.T) == 0
         least, greatest = spectrum(matrix)[0], spectrum(matrix)[-1]
         assert least > 0
-        # Float64 directions are orthogonal to g to rounding, and that much only is M g off y.
+        # Float64 directions are orthogonal to g up to rounding, and so the error of M g - y is of the same size.
         slip = sum(mp.norm(column(u)) * abs(dot(column(u), column(g))) for u in directions)
         negligible = mpf(10) ** -50 * greatest * mp.norm(column(g))
         assert mp.norm(matrix * column(g) - column(y)) <= slip + negligible
@@ -117,7 +117,7 @@ def test_the_canonical_form_is_the_only_form(given_metric):
         assert spectrum(dense)[0] > 0
         rest = dense - y * y.T / dot(y, update)
         assert mp.norm(rest * update) <= mpf(10) ** -50 * greatest
-        # Out of the way along g, where the rest is zero.
+        # Move the zero eigenvalue along g out of the way.
         lifted = rest + greatest * update * update.T / dot(update, update)
         values, turn = mp.eigsy(lifted)
         assert min(values) > 0
@@ -133,7 +133,7 @@ def test_the_canonical_form_is_the_only_form(given_metric):
             directions = np.stack([rounded(mp.sqrt(values[k]) * turn[:, k]) for k in kept], axis=1)
             again = Metric(rounded(y), g, directions=directions).to_dense()
             assert np.linalg.norm(again - matrix, 2) <= 4 * tolerance
-        # With any more taken away across g the rest is not definite, and then the matrix is none either.
+        # If more is subtracted across g, the rest is not definite, and neither is the matrix.
         weakest = min(kept, key=lambda k: values[k], default=None)
         if weakest is not None:
             less = dense - mpf("1.001") * values[weakest] * turn[:, weakest] * turn[:, weakest].T
@@ -169,7 +169,7 @@ def test_proposition_1_no_metric_has_a_smaller_condition_number(given_metric, pa
         tolerance = promised_relative_error(exact_cosine(y, column(g)))
         assert geometry.condition_number(pair_of(rounded(y), g)) <= values[-1] / values[0] * (1 + tolerance)
 
-        # And the optimal one has it, which no perturbation across g improves.
+        # The optimal metric attains it, and no perturbation across g improves it.
         y, g = pair
         optimal = exact_metric(y, g, gamma=1)
         best = spectrum(optimal)
@@ -195,7 +195,7 @@ def test_proposition_2_bounds_the_smallest_eigenvalue_of_every_metric(given_metr
         y, g = pair
         numbers = pair_of(y, g)
         _, supremum = geometry.eigenvalue_bounds(numbers)
-        # Relative to the supremum the eigenvalue lacks tan^2 psi / gamma, to first order.
+        # The eigenvalue is below the supremum by a relative tan^2 psi / gamma, to first order.
         condition = float(geometry.condition_number(numbers))
         tolerance = promised_relative_error(exact_cosine(column(y), column(g)))
         approached = spectrum(exact_metric(y, g, gamma=1e20))[0]
@@ -220,14 +220,14 @@ def test_proposition_3_bounds_the_largest_eigenvalue_of_every_metric(given_metri
 
 
 @given(pair=vectors)
-def test_over_a_grid_of_gamma_the_optimum_lies_at_one_and_the_ends_follow_their_asymptotes(pair):
+def test_the_optimum_over_gamma_is_at_one_and_the_ends_follow_their_asymptotes(pair):
     y, g = pair
     numbers, grid = pair_of(y, g), np.geomspace(1e-20, 1e20, 81)
     tolerance = promised_relative_error(geometry.cosine(numbers))
     conditions = geometry.family_condition_number(numbers, grid)
     assert conditions.min() >= conditions[40] * (1 - tolerance)
     assert grid[40] == pytest.approx(1.0)
-    # gamma and 1 / gamma share a condition number.
+    # gamma and 1 / gamma give the same condition number.
     assert conditions == pytest.approx(conditions[::-1], rel=2 * tolerance)
     maximum, minimum = geometry.family_asymptotes(numbers, grid)
     values = geometry.family_eigenvalues(numbers, grid)
@@ -235,7 +235,7 @@ def test_over_a_grid_of_gamma_the_optimum_lies_at_one_and_the_ends_follow_their_
     for end in (0, -1):
         assert values[0][end] == pytest.approx(maximum[end], rel=near)
         assert values[2][end] == pytest.approx(minimum[end], rel=near)
-    # Between them each is off by 1 + |sin psi| at most, and so at gamma = 1.
+    # Between the asymptotes, each is off by a factor of at most 1 + |sin psi|, which is attained at gamma = 1.
     sine = np.sin(geometry.angle(numbers))
     for ratio in (values[0] / maximum, minimum / values[2]):
         assert ratio.max() <= (1 + sine) * (1 + tolerance)
@@ -253,7 +253,7 @@ def test_equation_15_the_update_is_natural_gradient_descent_of_the_discrete_grad
     theta, g, slope = rng.standard_normal((3, size))
     after = theta + rate * g
     gradient = [hessian @ point + slope for point in (theta, after)]
-    # Of a quadratic the mean of the two gradients is a discrete gradient.
+    # For a quadratic loss, the mean of the two gradients is a discrete gradient.
     discrete = -(gradient[0] + gradient[1]) / 2.0
     with mp.workdps(60):
         points, slopes, quadratic = [column(theta), column(after)], column(slope), matrix_of(hessian)
@@ -268,7 +268,7 @@ def test_equation_15_the_update_is_natural_gradient_descent_of_the_discrete_grad
     values, _ = metric.eigenvalues()
     rounding = 8 * roundoff_bound(size) * rate * np.linalg.norm(discrete) / values[-1]
     assert np.linalg.norm(theta + rate * metric.solve(discrete) - after) <= rounding + 2 * U * np.linalg.norm(after)
-    # The ledger's corrected gradient has the same y.g, and so a metric for every loss that decreased.
+    # The corrected gradient of the ledger has the same y.g, so a metric exists for every loss that decreased.
     plain = pair_of(-gradient[0], update)
     corrected = discrete_time.corrected(plain, rate, change, plain)
     assert float(corrected.alignment) == pytest.approx(-change / rate, rel=4 * U)
@@ -276,7 +276,7 @@ def test_equation_15_the_update_is_natural_gradient_descent_of_the_discrete_grad
 
 
 @given(pair=vectors, seed=seeds, share=st.sampled_from([0.01, 0.5, 0.999]))
-def test_equation_18_below_the_bound_the_shifted_metric_is_one_of_the_true_gradient(pair, seed, share):
+def test_equation_18_below_the_bound_the_shifted_metric_is_a_metric_of_the_true_gradient(pair, seed, share):
     discrete, g = pair
     size, rng = len(g), np.random.default_rng(seed)
     half_hessian = rng.standard_normal((size, size)) * np.linalg.norm(discrete) / np.linalg.norm(g)
@@ -289,7 +289,7 @@ def test_equation_18_below_the_bound_the_shifted_metric_is_one_of_the_true_gradi
         return
     assert optimal <= supremum * (1 + 4 * U)
     tolerance = promised_relative_error(geometry.cosine(numbers)) + 8 * size * U
-    # Close to its supremum the smallest eigenvalue lacks tan^2 psi / gamma of it.
+    # Near its supremum, the smallest eigenvalue is below it by a relative tan^2 psi / gamma.
     near = max(1.0, 100 * float(geometry.condition_number(numbers)) / (1 - share))
     with mp.workdps(80):
         for bound, gamma in ((optimal, 1.0), (supremum, near)):
@@ -303,11 +303,11 @@ def test_equation_18_below_the_bound_the_shifted_metric_is_one_of_the_true_gradi
             assert mp.norm(solved - column(g)) <= mpf(10) ** -30 * mp.norm(column(g))
 
 
-def test_a_bound_of_the_learning_rate_is_sharp_along_the_weakest_direction():
+def test_the_learning_rate_bound_is_sharp_along_the_weakest_direction():
     y, g = vectors_at(1.0, 4)
     metric = Metric(y, g)
     values, turn = np.linalg.eigh(metric.to_dense())
-    # The most concave direction is the metric's weakest: then the bound is where it stops being definite.
+    # If the most concave direction is the weakest of the metric, it is no longer definite beyond the bound.
     hessian = -2.0 * np.outer(turn[:, 0], turn[:, 0])
     _, bound = discrete_time.learning_rate_bounds(pair_of(y, g), extreme_eigenvalues(hessian)[0])
     for share, definite in ((0.999, True), (1.001, False)):
@@ -329,9 +329,9 @@ def test_in_the_limit_of_small_learning_rates_the_discrete_metric_is_that_of_the
         discrete = y - rate * curvature
         other, change = pair_of(discrete, g), rate * np.linalg.norm(curvature)
         turned = abs(float(geometry.angle(other) - geometry.angle(pair)))
-        # A change of norm |eta H g| turns y by no more than asin(|eta H g| / |y|).
+        # A change of norm |eta H g| rotates y by at most asin(|eta H g| / |y|).
         assert turned <= float(geometry.angle_uncertainty(pair, 0.0, change)) + 16 * U
-        # yy'/y.g and alpha, each as the difference of two quotients.
+        # y y' / y.g and alpha, each as the difference of two quotients.
         lengths, along = np.linalg.norm(y) + np.linalg.norm(discrete), (y @ g, discrete @ g)
         bound = lengths / along[0] + discrete @ discrete * np.linalg.norm(g) / (along[0] * along[1])
         difference = np.linalg.norm(Metric(discrete, g).to_dense() - metric, 2)
@@ -342,7 +342,7 @@ def test_in_the_limit_of_small_learning_rates_the_discrete_metric_is_that_of_the
 
 @st.composite
 def stochastic_rules(draw):
-    """Negative gradient, mean update and mean <Hg>, with the learning rate in its own unit."""
+    """Negative gradient, mean update and mean <Hg>, with a learning rate on their scale."""
     size, rng = draw(st.integers(1, 5)), np.random.default_rng(draw(seeds))
     y, g = vectors_at(rng.uniform(0, 1.5) if size > 1 else 0.0, size, rng.integers(1000))
     curvature = rng.standard_normal(size) * draw(st.sampled_from([1e-3, 1.0, 1e3]))
@@ -365,7 +365,7 @@ def printed_metric(y, g, curvature, rate, alpha):
 
 
 @given(rule=stochastic_rules(), share=st.sampled_from([0.5, 0.99, 1.01, 2.0]))
-def test_equation_20_holds_with_a_minus_exactly_where_equation_19_is_definite(rule, share):
+def test_equation_20_holds_with_a_minus_sign_exactly_if_equation_19_is_definite(rule, share):
     y, g, curvature, rate = rule
     arguments = products(y, g, curvature)
     weight = float(discrete_time.stochastic_weight(*arguments, rate))
@@ -382,14 +382,14 @@ def test_equation_20_holds_with_a_minus_exactly_where_equation_19_is_definite(ru
             return
         metric = stochastic_metric(y, g, curvature, rate, alpha=alpha)
         values, _ = metric.eigenvalues()
-        # A weight within 1 % of its threshold has lost two digits, besides the rounding of y.g and <Hg>.g.
+        # A weight within 1 % of its threshold loses two digits, in addition to the rounding of y.g and <Hg>.g.
         conditions = [1 / abs(exact_cosine(column(x), column(g))) for x in (y, curvature, y - rate * curvature)]
         tolerance = 1000 * len(g) * U * sum(conditions) ** 2
         truth = spectrum(matrix)
         assert values[0] == pytest.approx(float(truth[-1]), rel=tolerance)
         if tolerance * truth[-1] < truth[0]:
             assert values[-1] == pytest.approx(float(truth[0]), abs=tolerance * float(truth[-1]))
-    # <g> = -M^-1 grad L; the paper prints no minus.
+    # <g> = -M^-1 grad L; the paper lacks the minus sign.
     bound = 8 * roundoff_bound(len(g)) * np.linalg.norm(y) / values[-1]
     assert np.linalg.norm(-metric.solve(-y) - g) <= bound
     assert np.linalg.norm(metric.solve(-y) - g) >= 2 * np.linalg.norm(g) - bound
@@ -413,11 +413,12 @@ def test_the_largest_learning_rate_of_equation_19_is_where_it_stops_being_defini
             elif slope < 0:
                 assert not definite
             else:
-                # Beyond it the mean update no longer descends along the discrete gradient, and Mbar is none.
+                # Beyond it, the mean update no longer descends along the discrete gradient, and Mbar does not
+                # exist.
                 assert dot(column(y) - mpf(rate) * column(curvature), column(g)) < 0
 
 
-# Where nothing is defined ------------------------------------------------------------------------------------
+# Undefined cases ------------------------------------------------------------------------------------
 
 ONE = np.array([1.0, 0.0])
 UNDEFINED = {
@@ -429,7 +430,7 @@ UNDEFINED = {
 
 
 @pytest.mark.parametrize("case", UNDEFINED)
-def test_where_there_is_no_metric_there_is_no_number(case):
+def test_without_a_metric_there_is_no_number(case):
     y, g = UNDEFINED[case]
     pair, curvature = pair_of(y, g), pair_of(np.ones(2), g)
     values = [
@@ -455,7 +456,7 @@ def test_undefined_bounds_of_the_learning_rate_are_nan():
     assert np.isnan(discrete_time.learning_rate_bounds(pair, np.nan)).all()
     assert discrete_time.learning_rate_bounds(pair, [0.0, 2.0])[0].tolist() == [np.inf, np.inf]
     level = pair_of(ONE[::-1], ONE)
-    # <Hg>.<g> = 0: eq. (19) divides by it. With y - <Hg> across <g> it divides by <ybar>.<g> = 0.
+    # <Hg>.<g> = 0: eq. (19) divides by it. If y - <Hg> is orthogonal to <g>, it divides by <ybar>.<g> = 0.
     assert np.isnan(discrete_time.stochastic_weight(pair, level, 0.0, 1.0))
     assert np.isnan(discrete_time.stochastic_learning_rate_bound(pair, level, 0.0, 1.0))
     assert np.isnan(discrete_time.stochastic_weight(pair, pair_of(np.array([3.0, 0.0]), ONE), 0.0, 1.0))

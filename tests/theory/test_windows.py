@@ -34,7 +34,7 @@ def column_of(terms, column):
 
 
 def of_single(rate):
-    """Return the rates that the status of a single update needs: if it is not known, any positive one."""
+    """Return the rates that the status of a single update needs: any positive rate if it is unknown."""
     return np.where(np.isnan(rate), 1.0, rate)
 
 
@@ -205,7 +205,7 @@ def test_updates_that_are_all_lost_in_rounding_do_not_add_up_to_a_window(floor, 
 def test_the_sum_of_a_window_has_the_smallest_learning_rate(rate, expected):
     terms = terms_of([1.0, -0.5, 1.0])
     terms = replace(terms, learning_rate=np.array([1.0, rate, 1.0]))
-    # Both windows of 2 descend. If the rate of the second update is not known, neither is known to.
+    # Both windows of 2 descend. If the rate of the second update is unknown, it is unknown whether they do.
     smallest, count = smallest_effective(terms, np.ones(2, bool), 3)
     np.testing.assert_equal((float(smallest), int(count)), expected)
 

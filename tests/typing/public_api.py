@@ -53,7 +53,7 @@ error: type[ValueError] = natgrad.InputError
 unavailable: type[natgrad.InputError] = natgrad.Unavailable
 process_run("log", "out", windows=[1])
 
-# What is wrong is an error: an ignore that is not needed is one, too.
+# Every mistake is an error, including an ignore that is not needed.
 natgrad.process("log", "out", window=[1])  # type: ignore[call-arg]
 natgrad.process("log", "out", windows="5")  # type: ignore[arg-type]
 natgrad.analyze("out", overwrite=True)  # type: ignore[call-arg]

@@ -296,7 +296,7 @@ def verify(out: options.Out, **values: Unpack[options.VersionOptions]) -> Verifi
 
 @options.with_options()
 def materialize(out: options.Out, *, progress: options.Progress = None) -> MovedStates:
-    """Copy the states of a run that was processed in place. The ledger and the results stay as they are.
+    """Copy the states of a run that was processed in place. The ledger and the results do not change.
 
     Parameters
     ----------

@@ -229,7 +229,7 @@ def _by_path(paths: Sequence[Storage], contents: Sequence[Mapping[str, str]]) ->
 
 
 def _refused(found: Diagnosis) -> dict[str, str]:
-    """Return what was tried in vain, each with the reason, and with the remedy if no command was found."""
+    """Return the attempts that failed, each with the reason, and with the remedy if no command was found."""
     texts = {
         what: "; ".join(filter(None, (error.what, error.why, error.remedy * (found.command is None))))
         for what, error in found.refused.items()

@@ -96,7 +96,7 @@ class Option:
     choices : callable, optional
         Returns the accepted values. It is called only for validation and forms, because it may load libraries.
     parse : callable, optional
-        Returns the mapping that a list of texts such as ``QUANTITY=KEY`` denotes.
+        Returns the mapping that a list of strings such as ``QUANTITY=KEY`` denotes.
     check : callable, optional
         Takes a value of the right type and returns its normal form. It raises InputError for an invalid value.
     unordered : bool

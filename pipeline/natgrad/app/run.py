@@ -129,7 +129,7 @@ class Analysis:
                 remedy="omit --attempt to analyze the newest attempt",
             )
         updates, window = extent.updates(self.attempt), max(self.windows)
-        # A run without an update is rejected later for that reason, whatever its windows are.
+        # A run without an update is rejected later for that reason, regardless of its windows.
         if window > max(updates, 1):
             raise InputError(
                 f"--window {window} is longer than the run, which has {updates} updates",

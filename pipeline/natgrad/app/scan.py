@@ -202,10 +202,10 @@ def _names(
             yield found
     if not empty:
         return
-    # The error of a failed run says what is missing, unless runs were found below its folder.
+    # The error of a failed run states what is missing, unless runs were found below its folder.
     if recorded:
         yield name
-    # One file of all steps, where there is nothing else that it could belong to.
+    # One file of all steps, if there is nothing else that it could belong to.
     elif holds(folder, in_one_file=True):
         yield Path(name).parent.as_posix() if sweep else name
 
@@ -514,7 +514,7 @@ def scan_root(root: str | Path, out: str | Path, values: Mapping[str, Any], proc
 
 
 def _failed_before(found: FoundRun) -> bool:
-    """Return whether a run failed in the last scan. Such runs come last, because they may take until a timeout."""
+    """Return True if a run failed in the last scan. Such runs come last, because they may take until a timeout."""
     outcome = Outcome.of(found.out)
     return outcome is not None and bool(outcome.error)
 

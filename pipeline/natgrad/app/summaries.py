@@ -195,7 +195,7 @@ class Inspection(Summary):
     other_commands : list of str
         Other commands that were tried successfully, for other runs or other logs of the run.
     refused : mapping of str to str
-        What was tried in vain, and the reasons that the readers state.
+        Attempts that failed, and the reasons that the readers state.
     error : mapping, optional
         ``what``, ``where``, ``why`` and ``do`` if there is no command.
     nearest_format : str, optional
@@ -322,7 +322,7 @@ class Verification(Summary):
 
     @property
     def ok(self) -> bool:
-        """Return whether all checksums match."""
+        """True if all checksums match."""
         return not self.damages
 
     def to_json(self) -> dict[str, Any]:

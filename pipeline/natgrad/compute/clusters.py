@@ -158,18 +158,19 @@ def require_cluster(name: str) -> None:
     ------
     InputError
         If the name is unknown, its package is not installed, the configuration of jobs is incomplete, or the
-        command that submits jobs is missing. Whether Kubernetes can be reached shows when the cluster is started.
+        command that submits jobs is missing. Whether Kubernetes can be reached is only known when the cluster is
+        started.
     """
     make = _cluster_class(name)
     if name == "kubernetes":
         return
     with _configuration_errors(name):
-        # A cluster makes such a job before it starts anything: an incomplete configuration is refused.
+        # The cluster itself would create such a job first. This fails if the configuration is incomplete.
         job = make.job_cls("tcp://scheduler:8786", name="check")
     command = shlex.split(job.submit_command)[0]
     if shutil.which(command) is None:
         raise InputError(
-            f"--cluster {name} requires the command {command}, which is not on this machine",
+            f"--cluster {name} requires the command {command}, which is not available on this machine",
             where=f"--cluster {name}",
             why="jobs are submitted from the machine on which natgrad runs",
             remedy="run natgrad on a login node of the cluster, or add the command to PATH",

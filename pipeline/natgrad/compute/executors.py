@@ -58,7 +58,7 @@ _CHECK_SECONDS, _CHECK_POLL_SECONDS = 5.0, 0.01
 """Seconds for which a pass waits for the checks of its first workers. Workers that are busy are checked later."""
 
 _QUERY_SECONDS, _RECHECK_SECONDS = 1.0, 5.0
-"""Time between two queries of the workers of a cluster, and before a worker that failed its check is checked
+"""Time between two queries of the workers of a cluster, and time until a worker that failed its check is checked
 again."""
 
 _RESULT_SECONDS, _LOST = 2.0, object()
@@ -326,7 +326,7 @@ def _key(stage: str, name: str) -> str:
 
 
 class _LostTask(Exception):
-    """All workers of a task were lost several times."""
+    """Error for a task whose workers were all lost several times."""
 
     def __init__(self, task: str, count: int) -> None:
         super().__init__(task)
@@ -334,7 +334,7 @@ class _LostTask(Exception):
 
 
 class _NoWorkers(Exception):
-    """No worker can take tasks. The error contains the problems of the connected workers."""
+    """Error that no worker can take tasks, with the problems of the connected workers."""
 
     def __init__(self, problems: list[Problem]) -> None:
         super().__init__(problems)
@@ -349,7 +349,7 @@ class _Running:
     ----------
     item : WorkItem
     losses : int
-        Number of times that all its workers were lost.
+        Number of times that all of its workers were lost.
     workers : frozenset of str
         Workers to which its tasks are restricted; empty if they can run on any.
     future : Future

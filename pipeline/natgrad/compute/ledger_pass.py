@@ -97,7 +97,7 @@ def compute_ledger(
         raise InputError(
             f"the trajectory has {states.n_states} logged step(s), but an update requires two",
             where=str(trajectory),
-            why="the displacement of a step is the difference to the next logged state",
+            why="the displacement of a step is the difference between it and the next logged state",
             remedy="ingest more steps",
         )
     if not states.layout.elements:
@@ -149,7 +149,7 @@ def compute_ledger(
                 if progress is not None:
                     progress(done, len(missing))
         except BaseException:
-            # The chunks that are finished are kept, and so are their times, unless the storage fails as well.
+            # The finished chunks and their times are kept, unless the storage fails as well.
             with suppress(InputError, OSError):
                 _record_times(preparing.result(), earlier, job.verified)
             raise

@@ -68,7 +68,7 @@ class PlanLimits:
         to start, which is a second or more on every core.
     most_threads : int
         Maximum number of threads of one process. Each needs the interpreter for a twentieth of its time (to open
-        files), so up to this number, threads rarely wait.
+        files), so threads rarely wait up to this number.
     """
 
     tile_bytes: int = 512 * MEBIBYTE

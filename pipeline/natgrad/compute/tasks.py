@@ -170,7 +170,7 @@ def tile_segments(job: Job, tile: Tile) -> Tiled:
 
 
 def _of_columns(parts: Sequence[Reads]) -> Reads:
-    """Join the checksums of neighbouring chunk columns, of which a pass reads the same states."""
+    """Join the checksums of neighbouring chunk columns, for which a pass reads the same states."""
     joined = {name: np.column_stack([part.checksums[name] for part in parts]) for name in parts[0].checksums}
     return parts[0]._replace(checksums=joined)
 
@@ -244,7 +244,7 @@ def _range_segments(
 
 
 def _all_updates(job: Job, states: Trajectory, tile: Tile, column: int, parts: Mapping[int, Segments]) -> Segments:
-    """Return the segment ledgers of all updates of a tile; those that are in none of the parts are NaN."""
+    """Return the segment ledgers of all updates of a tile, NaN for updates that none of the parts contain."""
     if len(parts) == 1 and len(next(iter(parts.values()))[1]) == tile.stop - tile.start:
         return next(iter(parts.values()))
     blocks = read_blocks(*states.column(column), job.limits.read_block_elements)
@@ -261,7 +261,7 @@ def _all_updates(job: Job, states: Trajectory, tile: Tile, column: int, parts: M
 
 
 def _new_checksums(job: Job, states: Trajectory, tile: Tile) -> dict[str, NDArray[np.uint32]]:
-    """Return the checksums, of no bytes yet, of the states of each array that a pass compares or records."""
+    """Return initial checksums, of no bytes, for the states of each array that a pass compares or records."""
     updates = tile.stop - tile.start
     return {
         # No update leads from the last state: only its parameter and gradient are needed.
@@ -375,7 +375,7 @@ def _read(
 ) -> NDArray[Any]:
     """Read states of a part of a chunk column into a buffer of the worker; the first may be carried over.
 
-    The checksums of the states are extended by what is read of them.
+    The checksums of the states are extended by the bytes that are read.
     """
     first, last = elements
     most = job.plan.read_states

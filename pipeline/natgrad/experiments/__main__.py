@@ -25,7 +25,7 @@ app = typer.Typer(
 )
 
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of the log. It must not contain steps.")]
-Steps = Annotated[int, typer.Option(help="Number of updates. The log has one more state.")]
+Steps = Annotated[int, typer.Option(help="Number of updates. The log contains one more state.")]
 LearningRate = Annotated[float, typer.Option(help="Learning rate.")]
 Seed = Annotated[int, typer.Option(min=0, help="Random seed.")]
 Container = Annotated[str, typer.Option(help=f"File format of a step: {' or '.join(CONTAINERS)}.")]

@@ -21,8 +21,8 @@ factor 1 - 1/sqrt(kappa) per step (Bansal, Gupta; Wilson et al.). E is convex, s
 E = f(theta) + eta/(2 (1 - beta_1)) sum m^2/(sqrt(s) + epsilon) decreases if 1 - beta_2 <= 4 (1 - beta_1)
 (Barakat, Bianchi). The rule itself, with steps of finite length, has no Lyapunov function on all of its states,
 because it has cycles even on quadratics (Bock, Weiß). With epsilon = 0, for example, a cycle leads from
-theta = eta (1 - beta_1)/(2 (1 + beta_1)) to -theta and back. Which updates are effective with this E is therefore
-not guaranteed, but measured.
+theta = eta (1 - beta_1)/(2 (1 + beta_1)) to -theta and back. Therefore the effective updates with this E are
+measured, not guaranteed.
 
 References
 ----------

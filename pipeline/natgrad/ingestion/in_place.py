@@ -39,7 +39,7 @@ class _Located:
 
 
 class Locator:
-    """Finds the arrays of steps in their files. Steps that are placed alike share the pieces of the first of them.
+    """Finds the arrays of steps in their files. Steps with the same placement share the pieces of the first one.
 
     Parameters
     ----------
@@ -78,7 +78,7 @@ class Locator:
         try:
             found = [(file.absolute(), file.stat()) for file in files]
         except OSError as error:
-            raise vanished(f"cannot find the files of this step any more: {error.strerror}", step) from error
+            raise vanished(f"the files of this step no longer exist: {error.strerror}", step) from error
         referenced = tuple(ReferencedFile(str(file), stat.size, stat.time) for file, stat in found)
         return StateReference(referenced, arrays, starts)
 

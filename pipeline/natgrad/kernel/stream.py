@@ -253,7 +253,7 @@ def products(
     files : sequence of `Located`
         States of parameter and gradient, updates + 1 of each, and of the Hessian-vector product if it is logged.
         If there are no gradients, only the parameter, which is then used instead of the gradient as well: the
-        products of the gradient mean nothing.
+        products of the gradient are then meaningless.
     dtypes : sequence of dtype
         Dtype of each.
     boundaries : sequence of int64 arrays, shape (segments of the read block + 1,)

@@ -43,18 +43,18 @@ class Selection:
         return {name: rates[id(parameter)] for name, parameter in self.trained.items()}
 
     def changes(self, optimizer: Any) -> str | None:
-        """Return a text about a parameter that is trained since the first step; None if there is none.
+        """Return a message about a parameter that is trained only since a later step; None if there is none.
 
         Raises
         ------
         InputError
-            If the optimizer does not update a recorded parameter any more.
+            If the optimizer no longer updates a recorded parameter.
         """
         now = {id(parameter): parameter for parameter in parameters_of(optimizer)}
         for name, parameter in self.trained.items():
             if id(parameter) not in now:
                 raise InputError(
-                    f"the optimizer does not update parameter {name!r} any more",
+                    f"the optimizer no longer updates parameter {name!r}",
                     why="its parameter groups were changed",
                     remedy="call natgrad.watch again, with another folder",
                 )
@@ -62,7 +62,7 @@ class Selection:
         if added:
             return f"a parameter of shape {tuple(added[0].shape)} was added to the optimizer"
         thawed = [name for name, parameter in self.frozen.items() if parameter.grad is not None]
-        return f"parameter {thawed[0]!r} requires a gradient since the first step" if thawed else None
+        return f"parameter {thawed[0]!r} started to require a gradient after the first step" if thawed else None
 
 
 class Names:

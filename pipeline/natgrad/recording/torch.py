@@ -70,7 +70,7 @@ def watch(
 ) -> Watch:
     """Record every step of a PyTorch optimizer into a log that `natgrad.process` reads.
 
-    The training loop stays as it is. Parameters, gradients and learning rates are copied when the optimizer steps,
+    The training loop does not change. Parameters, gradients and learning rates are copied when the optimizer steps,
     and written in a thread. The gradient is the one that the optimizer uses: after clipping, accumulation and
     unscaling. With a closure, it is that of the first evaluation.
 
@@ -650,7 +650,7 @@ def _require_no_graph_capture() -> None:
         raise InputError(
             "the step of the optimizer is captured by a CUDA graph",
             why="hooks do not run when the graph is replayed",
-            remedy="leave the step of the optimizer out of the graph",
+            remedy="exclude the step of the optimizer from the graph",
         )
 
 

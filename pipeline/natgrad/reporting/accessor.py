@@ -116,7 +116,7 @@ class DatasetAccessor:
         return ResultsSummary(group_overview(self._dataset, descent, window))
 
     def to_dataframe(self, **options: Unpack[TableOptions]) -> pd.DataFrame:
-        """Return a table with one row per step, and per run and tensor where the results have them.
+        """Return a table with one row per step, and per run and tensor if the results contain several.
 
         Parameters
         ----------

@@ -426,7 +426,7 @@ def _shares(run: RunResults) -> dict[str, list[dict[str, float]]]:
             effective = int((status == Status.EFFECTIVE).sum())
             # If no update has a known status, the data for this gradient were not logged, and 0 % would be wrong.
             known = (status <= Status.OBTUSE).any() or not (status == Status.UNVERIFIABLE).any()
-            # Losses of different batches say nothing about the objective.
+            # Losses of different batches provide no information about the objective.
             known &= run.objective.comparable or descent not in COMPARING_DESCENTS
             shares[descent].append(
                 {

@@ -193,7 +193,7 @@ def binned(variable: xr.DataArray, columns: int = COLUMNS) -> xr.Dataset:
 
 
 def _reduced(values: NDArray[np.float64]) -> list[NDArray[np.float64]]:
-    """Return the median, the smallest and the largest number along the first axis; NaN where there is none."""
+    """Return the median, the smallest and the largest number along the first axis; NaN if there is none."""
     ordered = np.sort(values, axis=0)  # NaN last
     known = (~np.isnan(ordered)).sum(axis=0, keepdims=True)
     last = np.maximum(known - 1, 0)

@@ -57,7 +57,7 @@ _TASK_UPDATES = 1024
 """Approximate number of updates of a task. It also computes the pairs of up to 255 updates after them."""
 
 _GROWTH = 16
-"""Number of blocks of a short run from which on a longer run gets larger blocks."""
+"""Number of blocks above which a run gets larger blocks."""
 
 
 # The grid ----------------------------------------------------------------------------------------------------
@@ -245,7 +245,7 @@ class BlockWork:
         Ledger, and location of the new results.
     request : Request
     variables : tuple of str
-        Names of all variables, also those of other packages.
+        Names of all variables, including those of other packages.
     grid : Grid
     version : str
         Versions of the packages that determine the results.
@@ -361,7 +361,7 @@ class BlockWork:
                     )
                     for own, column in found.items():
                         path = f"{group}/{own}".strip("/")
-                        if name == "model":  # a few numbers, of which all estimates share a chunk
+                        if name == "model":  # a few numbers, so all estimates share a chunk
                             of_model.setdefault(path, []).append(column)
                         else:
                             at = DESCENTS.index(descent)
@@ -425,7 +425,7 @@ class BlockWork:
 
 
 def is_shuffled(variable: UpdateVariable) -> bool:
-    """Return whether the numbers of a variable are shuffled: if few of them are missing."""
+    """Return True if the numbers of a variable are shuffled, because few of them are missing."""
     return variable.defined is not Defined.WITH_METRIC
 
 

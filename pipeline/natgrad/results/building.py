@@ -53,7 +53,7 @@ __all__ = ["Building", "build"]
 _log = logger(__name__)
 
 Call = Callable[[BlockWork, Sequence[BlockTask]], Iterable[Any]]
-"""Function that calls the work with each task, in any order and place, and yields when one is done."""
+"""Function that calls the work with each task, in any order and on any worker, and yields when one is done."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Building:
     summary : dict
         See `natgrad.results.summary.overview`.
     blocks, computed_blocks : int
-        Number of blocks, and number of those that were computed; the others were complete already.
+        Number of blocks, and number of those that were computed; the others were already complete.
     """
 
     summary: dict[str, Any]
@@ -102,7 +102,7 @@ def build(
     gammas, windows, provenance
         See `natgrad.results.dataset.label`.
     additional : mapping of str to DataTree, optional
-        Additional groups, which are stored as they are.
+        Additional groups, which are stored unchanged.
     progress : callable, optional
         Called with the number of tasks done and the total number.
 
@@ -127,7 +127,7 @@ def build(
         missing = _reuse(blocks, staging, storage)
         tasks = tasks_of(table, updates, grid, missing, longest)
         if len(missing) < len(blocks):
-            _log.info("%d of %d blocks of the results are computed; the others exist", len(missing), len(blocks))
+            _log.info("computing %d of %d blocks of the results; the others exist", len(missing), len(blocks))
         for done, _ in enumerate(call(work, tasks), start=1):
             if progress is not None:
                 progress(done, len(tasks))
@@ -268,7 +268,7 @@ class _Stored:
                 f"the values of the result variable {variable.name!r} differ in type or shape between updates",
                 where=path,
                 why=f"found {', '.join(sorted(described))}",
-                remedy="let the function of the variable always return arrays of one dtype and the same dimensions",
+                remedy="make the function of the variable always return arrays with the same dtype and dimensions",
             )
         kind, dimensions, chunks = self.records[0]["arrays"][path]
         comments = [record["comments"][path] for record in self.records if path in record["comments"]]

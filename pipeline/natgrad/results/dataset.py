@@ -71,7 +71,7 @@ class Request:
     windows : tuple of int
         Numbers of consecutive updates in a window, from 1.
     tensor_family : bool
-        Whether tensors also have the variables with the dimension gamma.
+        True if tensors also have the variables with the dimension gamma.
     """
 
     gammas: tuple[float, ...]

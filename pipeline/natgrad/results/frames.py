@@ -1,6 +1,6 @@
 """Export results as tables: a DataFrame of pandas, CSV or Parquet, in bounded memory.
 
-A table has one row per step, and per run, tensor, estimate or window where the results have them. A variable that
+A table has one row per step, and per run, tensor, estimate or window if the results contain them. A variable that
 does not depend on one of these has the same value in several rows.
 """
 
@@ -42,7 +42,7 @@ def frames(
     descent: str | None = "gradient",
     window: int | None = 1,
 ) -> Iterator[pd.DataFrame]:
-    """Yield the table of a group of results in parts of consecutive steps, each of some 32 MiB.
+    """Yield the table of a group of results in parts of consecutive steps, each of about 32 MiB.
 
     Parameters
     ----------
@@ -52,7 +52,7 @@ def frames(
         Variables of the columns. Default: all variables with steps, but not those of the metric family, which have
         the dimension gamma.
     descent : str, optional
-        Estimate of the negative gradient; None for all of them, each in separate rows.
+        Estimate of the negative gradient; None for all estimates, each in separate rows.
     window : int, optional
         Number of updates in a window; None for all windows, each in separate rows.
 

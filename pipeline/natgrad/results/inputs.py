@@ -97,7 +97,7 @@ class UpdateTable:
     origin : str
         Origin of the gradients; see `natgrad.store.Trajectory.gradient_source`.
     recovery : Recovery, optional
-        Figures of the gradients, if they were recovered from states of the optimizer.
+        Properties of the gradients, if they were recovered from states of the optimizer.
     gradient_logged : bool array, shape (updates, 2), optional
         False if the state before, or after, the update has no gradient. Default: all have one.
     with_time : bool array, shape (updates,), optional
@@ -141,7 +141,7 @@ class UpdateTable:
     skipped: NDArray[np.bool_] | None = None
 
     def part(self, updates: slice, gram: Array | None = None) -> UpdateTable:
-        """Return the table of some updates. What depends on the complete run must have been set.
+        """Return the table of some updates. Attributes that depend on the complete run must be set.
 
         Parameters
         ----------

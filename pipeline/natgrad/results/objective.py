@@ -2,9 +2,9 @@
 
 For a smooth objective that does not change, the change of the loss over an update is the mean of the gradients of
 both states times the displacement, up to terms of third order. If the loss and the gradient of each step belong to
-its own mini-batch, the losses of two steps also differ because the batches do. Then a decrease of the loss means
-nothing, and neither does anything else that compares the losses of two steps. A gradient with the wrong sign shows
-as well: the loss falls although every angle is obtuse.
+its own mini-batch, the losses of two steps also differ because the batches do. Then a decrease of the loss is
+meaningless, and so is every other comparison of the losses of two steps. A gradient with the wrong sign can also be
+detected: the loss falls although every angle is obtuse.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ COMPARING_DESCENTS = ("corrected", "trapezoid")
 """Estimates of the gradient that compare the losses of two states."""
 
 _SIGNIFICANT = 32.0
-"""A change of the loss shows something if the terms of it are larger than so many times their rounding errors."""
+"""A change of the loss is informative if its terms exceed this multiple of their rounding errors."""
 
 
 def objective_residual(table: UpdateTable) -> Array:
@@ -87,7 +87,7 @@ def loss_precision(losses: Array) -> tuple[float, float]:
         return np.nan, np.nan
     mantissa, _ = np.frexp(known)
     bits = next((count for count in (8, 11, 24) if not (np.ldexp(mantissa, count) % 1).any()), 53)
-    # Losses in a text have few decimals.
+    # Losses in text logs have few decimals.
     for decimals in range(8):
         scaled = known * 10.0**decimals
         if (np.abs(scaled - np.rint(scaled)) <= 4.0 * 2.0**-53 * np.abs(scaled)).all():
@@ -97,14 +97,14 @@ def loss_precision(losses: Array) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Objective:
-    """Knowledge about the objective of a run.
+    """Findings about the objective of a run.
 
     Attributes
     ----------
     evaluation : str
         What the user declared, one of `natgrad.schema.names.EVALUATIONS`.
     residual : float or None
-        Median of `objective_residual` over the updates that show something. None if they are too few.
+        Median of `objective_residual` over the informative updates. None if there are too few.
     updates : int
         Number of these updates.
     wrong_sign : bool
@@ -137,7 +137,7 @@ class Objective:
 
     @property
     def comparable(self) -> bool:
-        """Return whether the losses of two steps may be compared."""
+        """Return True if the losses of two steps may be compared."""
         return self.evaluation == "fixed" or (self.evaluation == "unknown" and self.consistency != "inconsistent")
 
     def __str__(self) -> str:
@@ -183,8 +183,8 @@ class Objective:
                 "so large that the loss oscillates."
             ]
         return [
-            f"{found} Probably the batches change: the loss and the gradient of each step belong to its own batch. "
-            "Then everything that compares the losses of two steps means nothing, and the descents corrected and "
+            f"{found} The batches probably change: the loss and the gradient of each step belong to its own batch. "
+            "Comparisons of the losses of two steps are then meaningless, and the descents corrected and "
             "trapezoid are unverifiable: declare it with --evaluation batch. Otherwise check that loss, gradient "
             "and parameters of a step belong to the same state (--shift)."
         ]

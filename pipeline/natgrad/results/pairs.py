@@ -362,7 +362,7 @@ def without_decay(
 def _decayed_share(table: UpdateTable, rate: Array) -> Array:
     """Return eta lambda, the share of theta_t that decays in each update; NaN where it is not known."""
     decay = np.full(rate.shape, np.nan) if table.weight_decay is None else table.weight_decay
-    # Between two logged states with several updates, the parameters that decay are not known.
+    # If several updates lie between two logged states, the parameters that decay are unknown.
     return np.where(decay == 0, 0.0, np.where(table.spans[:, None] == 1, rate * decay, np.nan))
 
 
@@ -376,11 +376,11 @@ class _Rest:
         Gram matrices in which ``displacement`` is d + share theta, ``gradient`` is the corrected gradient, and
         ``residual`` is its residual.
     cancelled : bool array
-        Where decay cancels the rest completely. The square of the displacement is then 0.
+        True if decay cancels the rest completely. The square of the displacement is then 0.
     length : array
         Sum of the norms of d and share theta; 0 if nothing decays.
     across_length : array
-        Sum of the norms of the vectors of which the residual consists; 0 if nothing decays.
+        Sum of the norms of the vectors that make up the residual; 0 if nothing decays.
     """
 
     products: Array

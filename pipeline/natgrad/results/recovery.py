@@ -1,4 +1,4 @@
-"""Represent the figures of recovered gradients: their errors, their rules, and what the checks prove."""
+"""Represent the properties of recovered gradients: their errors, their rules, and what the checks prove."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class GradientCheck(enum.IntEnum):
 
 @dataclass(frozen=True)
 class Recovery:
-    """Figures of recovered gradients by update and tensor, in the order of `natgrad.schema.names.RECOVERY`.
+    """Properties of recovered gradients by update and tensor, in the order of `natgrad.schema.names.RECOVERY`.
 
     They have the shape (updates, tensors), and are NaN where the gradient is not known.
 
@@ -56,7 +56,7 @@ class Recovery:
 
     @classmethod
     def of(cls, states: Trajectory, updates: NDArray[np.int64]) -> Recovery | None:
-        """Return the figures of the states before some updates; None if the gradients are not recovered."""
+        """Return the properties for the states before some updates; None if the gradients are not recovered."""
         if not {*RECOVERY} <= {*states.tables}:
             return None
         return cls(*(states.scalar(name)[updates] for name in RECOVERY))
@@ -66,7 +66,7 @@ class Recovery:
         return np.where(np.isnan(self.grade), GradientCheck.UNKNOWN, self.grade).astype(np.int8)
 
     def attributes(self) -> dict[str, Any]:
-        """Return what qualifies the gradients, as attributes of the results: the worst of each figure."""
+        """Return what qualifies the gradients, as attributes of the results: the worst value of each property."""
         known = np.isfinite(self.grade)
         found: dict[str, Any] = {"gradient_batch": "mini-batch", "gradient_clipped": "unknown"}
         rules = np.unique(self.rule[known]).astype(int)
@@ -91,7 +91,7 @@ def qualification(attributes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def qualification_text(attributes: Mapping[str, Any]) -> str:
-    """Return the same as a text, for users."""
+    """Return the same as text, for users."""
     found = qualification(attributes)
     error = f"relative error up to {found['error_bound']:.2g}" if "error_bound" in found else "none is known"
     residual = f", residual up to {found['check_residual']:.2g}" if "check_residual" in found else ""

@@ -2,10 +2,10 @@
 
 From one state theta_t, a stochastic rule may lead to many theta_{t+1}. All results are computed from inner products
 of the gradient, the displacements p_r of the replicates and, if logged, hvp_r = 2 H p_r. Means over
-replicates, and means that leave one out, are linear combinations of these vectors. One Gram matrix of the means and
-the deviations from them therefore gives the metric of the mean update, the definiteness of eq. (19), and jackknife
-standard errors. Means are taken before any product, so they lose no digits if they are much shorter than the
-replicates.
+replicates, and means without one of them, are linear combinations of these vectors. One Gram matrix of the means
+and the deviations from them therefore gives the metric of the mean update, the definiteness of eq. (19), and
+jackknife standard errors. Means are taken before any product, so they lose no digits if they are much shorter than
+the replicates.
 
 The residual of the mean keeps its angle exact near 0 and pi. That of another combination of the replicates is the
 residual of the mean and a multiple of the deviations. They cancel if the combination is parallel to the gradient
@@ -103,7 +103,8 @@ def ledger(gradient: ArrayLike, displacement: ArrayLike, hvp: ArrayLike | None =
     with np.errstate(all="ignore"):
         gram = np.asarray(vectors @ np.swapaxes(vectors, -1, -2))
     index = np.arange(gram.shape[-1])
-    # Bits of the matrix product stay: only squares of vectors that under- or overflow obey a convention.
+    # The bits of the matrix product are kept. Only squares that underflow or overflow are replaced by the
+    # convention.
     square, marked = gram[..., index, index], geometry.squared_norm(vectors)
     gram[..., index, index] = np.where((square > 0) & (square < np.inf), square, marked)
     return gram
@@ -634,7 +635,7 @@ def _of_losses(changes: Array) -> Columns:
 
 
 _SHORT = 2.0**-7
-"""Square of a residual, in units of that of the gradient, from which on the gradient itself is used. The angle of
+"""Square of a residual, in units of that of the gradient, above which the gradient itself is used. The angle of
 the mean is then above 0.08, and products of the gradient give it to 1e-14."""
 
 _PAIRED = ("gradient", "displacement", "residual")

@@ -14,7 +14,7 @@ __all__ = ["LEAST_UPDATES", "block_bytes", "most_updates", "require_memory"]
 
 _ELEMENTS = 48_000
 """Approximate number of updates times tensors of a block: each of its arrays then has 400 kB, and a worker takes
-some 80 MB, so that two threads fit into the default memory limit of a process."""
+about 80 MB, so that two threads fit into the default memory limit of a process."""
 
 LEAST_UPDATES, _MOST_UPDATES = 64, 4096
 """Limits of the number of updates of a block of a small model."""
@@ -37,8 +37,9 @@ def block_bytes(shape: TrajectoryShape, windows: Sequence[int]) -> int:
     Notes
     -----
     Per update of a block and of its requested windows, and per tensor: the Gram matrix twice (as read, and with a
-    vector that was not logged), and some 80 numbers of the pairs of two estimates and of their variables. Per
-    update whose windows are not known yet, in the search for the smallest one: five numbers, two for each estimate,
+    vector that was not logged), and about 80 numbers for the pairs of two estimates and for their variables. Per
+    update whose windows are not complete yet, in the search for the smallest one: five numbers, two for each
+    estimate,
     and seven for the search. A model counts as eight tensors.
     """
     states, tensors, longest = max(shape.states - 1, 1), len(shape.layout.tensors), max(windows, default=1)

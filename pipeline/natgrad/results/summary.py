@@ -121,7 +121,7 @@ def course(model: xr.Dataset) -> list[float | None] | None:
     Parameters
     ----------
     model : Dataset
-        The group ``/model`` of results. The runs of a sweep are taken together.
+        The group ``/model`` of results. The runs of a sweep are combined.
     """
     angle = select(model[["angle"]], "gradient", 1)["angle"].transpose(..., STEP).values
     if not np.isfinite(angle).any():

@@ -257,7 +257,7 @@ class UpdateVariable(Variable):
     defined : Defined
         Updates at which it is defined.
     needs_rate : bool
-        It depends on the learning rate, and is not defined at updates for which this is not known.
+        It depends on the learning rate, and is not defined at updates for which the rate is unknown.
     fill : float, int or bool
         Value where the variable is not defined, and for windows that extend past the end of the run or a restart.
     comment : callable, optional
@@ -299,7 +299,7 @@ class UpdateVariable(Variable):
         if not required <= {*self.dimensions}:
             raise InputError(
                 f"variable {self.name!r} lacks dimensions that its definition depends on",
-                why=f"it has {self.dimensions}, but where it is defined depends on {sorted(required)}",
+                why=f"it has {self.dimensions}, but whether it is defined depends on {sorted(required)}",
                 remedy="declare these dimensions, or declare the variable as defined everywhere",
             )
 

@@ -117,7 +117,7 @@ class LedgerHeader:
             If the data are not the start of such a file, are damaged, or have another version.
         """
         if not data.startswith(MAGIC[: len(data)]):
-            raise ValueError("it does not start as a log of ledgers")
+            raise ValueError("it does not start like a log of ledgers")
         start = len(MAGIC) + 12
         if len(data) < start:
             return None
@@ -135,7 +135,7 @@ class LedgerHeader:
         tensors = tuple(RecordedTensor(**{**one, "shape": tuple(one["shape"])}) for one in found.pop("tensors"))
         header = cls(tensors, vectors=tuple(found.pop("vectors")), **found)
         if header.vectors != RECORDED_VECTORS or any(one.group not in range(header.groups) for one in tensors):
-            raise ValueError("its header describes no such log")
+            raise ValueError("its header does not describe a log of ledgers")
         return header, start + length
 
 

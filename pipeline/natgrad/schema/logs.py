@@ -1,4 +1,4 @@
-"""Return the loggers of the package. They escape the names in messages, which come from logs of others."""
+"""Return the loggers of the package. They escape names in messages, because names may come from untrusted logs."""
 
 from __future__ import annotations
 

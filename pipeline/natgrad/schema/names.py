@@ -70,7 +70,7 @@ gradient corrected along the displacement, the corrected mean of the gradients o
 hvp / 2, eq. (16)."""
 
 EVALUATIONS = ("batch", "fixed", "unknown")
-"""Data that loss and gradient of a step are evaluated on: the mini-batch of the step, or the same at every step."""
+"""Data on which the loss and gradient of a step are evaluated: the mini-batch of the step, or fixed data."""
 
 HVP = "hvp"
 

@@ -1,15 +1,15 @@
-"""Define when losses and gradients are consistent with one objective, from the change of the loss they explain."""
+"""Define when losses and gradients are consistent with one objective: when they explain the change of the loss."""
 
 from __future__ import annotations
 
 __all__ = ["LEAST_UPDATES", "consistency"]
 
 _CONSISTENT, _INCONSISTENT = 0.05, 0.2
-"""Largest median of the residual of a consistent run, and smallest of an inconsistent one. Training on all data has
+"""Largest median residual of a consistent run, and smallest of an inconsistent run. Training on all data has
 medians below 0.01 unless the learning rate is so large that the loss oscillates, and mini-batches from 0.1 to 1."""
 
 LEAST_UPDATES = 3
-"""Least number of updates that show whether a run is consistent, or whether a sign is wrong."""
+"""Minimum number of updates that show whether a run is consistent, or whether a sign is wrong."""
 
 
 def consistency(residual: float | None) -> str:

@@ -1,4 +1,4 @@
-"""Escape control characters in texts that are shown to users, and draw tables and lines with characters.
+"""Escape control characters in text that is shown to users, and draw tables and lines with characters.
 
 The names of tensors, files and runs come from a log. Printed unchanged, an escape sequence in a name could change
 the contents of a terminal, a line break could imitate another line, and a mark for the direction of text could
@@ -17,7 +17,7 @@ _LEVELS = "▁▂▃▄▅▆▇█"
 
 
 def printable(text: str) -> str:
-    r"""Return a text in which all characters that are not printable are replaced by their escape sequences.
+    r"""Return a text in which all unprintable characters are replaced by their escape sequences.
 
     Examples
     --------

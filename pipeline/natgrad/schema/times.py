@@ -9,12 +9,12 @@ __all__ = ["now", "oldest"]
 
 
 def now() -> str:
-    """Return the current time in UTC and ISO 8601, to the second. Texts of this form sort like times."""
+    """Return the current time in UTC and ISO 8601, to the second. Strings in this form sort chronologically."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def oldest(times: Iterable[str | None]) -> str | None:
-    """Return the oldest of times; None if one of them is None, or there are none.
+    """Return the earliest of several times; None if one of them is None, or if there are none.
 
     Examples
     --------

@@ -91,13 +91,13 @@ class StepContent:
         Why tensors have no gradient, if the reason is not that they are buffers or frozen. Notes then list the
         names of these tensors.
     differences : tuple of Difference
-        Scalars of which the log contains a different value, too.
+        Scalars for which the log also contains a different value.
     alignment : str
         Question about the states that the gradients belong to, if the format leaves it open.
     aliases : mapping
         Other names of parameters, under which another log may contain their gradients, to the names of parameters.
     absent : mapping
-        Quantities whose key the user specified, but which the step does not have, to the error for this. Only the
+        Quantities whose key the user specified, but which the step does not have, and the error for each. Only the
         last step of a run may lack them.
     recorded : bool
         The step has the inner products of the update from it (`Recorded`). The elements of its arrays cannot be

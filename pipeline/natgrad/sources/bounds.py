@@ -47,7 +47,7 @@ CHARACTERS, CHARACTERS_PER_BYTE = 1 << 26, 8
 """Characters in the names that a reader builds for any file, and for each byte of the files."""
 
 EXPANDED_BYTES, EXPANSION = 1 << 28, 100
-"""Bytes of the tensors of any step, and for each byte of its files: compressed and repeated data count in full."""
+"""Bytes of the tensors of any step, and for each byte of its files. Compressed and repeated data count in full."""
 
 TENSOR_OPERATIONS = 16
 """Operations that the description of a tensor takes."""
@@ -189,7 +189,7 @@ def shown(value: Any) -> str:
     return f"{'an' if kind[0].lower() in 'aeiou' else 'a'} {kind}"
 
 
-# Texts -------------------------------------------------------------------------------------------------------
+# Text files --------------------------------------------------------------------------------------------------
 
 
 def read_limited(file: Storage | Path, limit: int) -> bytes:
@@ -203,7 +203,7 @@ def read_limited(file: Storage | Path, limit: int) -> bytes:
         If it cannot be read, or is not a regular file.
     """
     storage = LocalStorage(file) if isinstance(file, Path) else file
-    # One request, without one for the size: a listing of an object store reads small files in this way.
+    # A single request, without another one for the size: listing an object store reads small files in this way.
     (content,) = storage.get_ranges([(0, limit + 1)])
     if len(content) > limit:
         raise ValueError(f"{storage.name} has more than {limit} bytes")
@@ -211,7 +211,7 @@ def read_limited(file: Storage | Path, limit: int) -> bytes:
 
 
 def parse_json(content: bytes | str, name: str, budget: Budget | None = None) -> Any:
-    """Return the value in a JSON text.
+    """Return the value of a JSON document.
 
     Parameters
     ----------
@@ -236,7 +236,7 @@ def parse_json(content: bytes | str, name: str, budget: Budget | None = None) ->
 
 
 def parse_json_at(text: str, start: int, name: str) -> tuple[Any, int]:
-    """Return the value at a position of a JSON text, and the position after it; see `parse_json`."""
+    """Return the value at a position of a JSON document, and the position after it; see `parse_json`."""
     try:
         return _DECODER.raw_decode(text, start)
     except (RecursionError, ValueError) as error:

@@ -14,7 +14,7 @@ from natgrad.storage import Storage
 __all__ = ["ByteRange", "Placement", "of_boxes", "part_of", "runs_of"]
 
 _RUNS_LIMIT = 1 << 12
-"""Most contiguous ranges of a tensor. Reading more of them takes longer than copying the tensor."""
+"""Maximum number of contiguous ranges of a tensor. Reading more of them takes longer than copying the tensor."""
 
 
 class ByteRange(NamedTuple):
@@ -109,7 +109,7 @@ def runs_of(
 def of_boxes(
     boxes: Sequence[tuple[tuple[int, ...], tuple[int, ...], ByteRange]], shape: tuple[int, ...], itemsize: int
 ) -> list[ByteRange] | None:
-    """Return where the elements of a tensor are that is stored as boxes.
+    """Return where the elements of a tensor that is stored as boxes are.
 
     Parameters
     ----------

@@ -14,7 +14,7 @@ from natgrad.storage import Storage
 __all__ = ["change_time", "changed_lately", "files_of", "identity"]
 
 SETTLED_SECONDS = 300.0
-"""Time without a change after which an unreadable file is assumed not to be in progress any more."""
+"""Time without a change after which an unreadable file is assumed to be no longer in progress."""
 
 
 def changed_lately(time_ns: int) -> bool:
@@ -52,7 +52,7 @@ def identity(step: LoggedStep, *, fresh: bool = False) -> dict[str, Any]:
         files = files_of(step)
         stats = [file.stat(fresh=fresh) for file in files]
     except OSError as error:
-        raise vanished(f"cannot find the files of this step any more: {error.strerror}", step) from error
+        raise vanished(f"the files of this step no longer exist: {error.strerror}", step) from error
     found = {
         "folder": _folder(step.storage),
         "name": step.storage.name,

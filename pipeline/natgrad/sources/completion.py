@@ -45,7 +45,7 @@ def complete(
     optimizer : bool
         Include the state of the optimizer.
     tensors : collection of str, optional
-        Trained tensors of the run, if other steps were described before.
+        Trained tensors of the run, if other steps have already been described.
     is_last : bool
         It is the last step of the run, which may then lack everything except parameters.
     gradients : bool
@@ -72,7 +72,7 @@ def complete(
     for quantity, error in content.absent.items():
         if not may_lack or quantity == STATES[0]:
             raise error
-    # Hessian-vector products and replicates mean nothing without gradients.
+    # Hessian-vector products and replicates have no meaning without gradients.
     alone = not gradients and not content.replicate_loss
     alone &= {array for array, logged in arrays.items() if logged} <= {STATES[0]}
     if arrays.get(STATES[0]) and not arrays.get(STATES[1]) and (may_lack or alone):
@@ -171,7 +171,7 @@ def complete(
 
 
 class Completion:
-    """Completes the steps of a log, once for consecutive steps that differ in numbers only; see `complete`."""
+    """Completes the steps of a log, once for consecutive steps that differ only in numbers; see `complete`."""
 
     def __init__(self) -> None:
         self._last: tuple[StepContent, dict[str, Any], StepContent] | None = None

@@ -93,7 +93,8 @@ class Container:
     objects : dict
         Keys of objects that were not read because of their class.
     budget : Budget
-        What the description of the step may still take. A reader replaces it when it knows the size of the files.
+        Budget that remains for the description of the step. A reader replaces it when it knows the size of the
+        files.
     """
 
     ordered = False
@@ -210,7 +211,7 @@ def reason_of(error: Exception) -> str:
 
 
 def not_regular(error: NotRegularError, form: str, location: str) -> InputError:
-    """Return the error for a pipe, device or folder in the place of a file."""
+    """Return the error for a pipe, device or folder that was found instead of a file."""
     return InputError(
         f"cannot read {form}: {error.strerror}",
         where=location if str(error.filename) in location else f"{location} ({error.filename})",

@@ -1,6 +1,6 @@
-"""Find arrays whose flat keys begin or end with what they are, such as ``param_<name>`` and ``grad_<name>``.
+"""Find arrays whose flat keys begin or end with their kind, such as ``param_<name>`` and ``grad_<name>``.
 
-Such keys have no levels, so nothing but the other keys shows what belongs together. The keys are split only if
+Such keys have no levels, so only the other keys show what belongs together. The keys are split only if
 every gradient then has the name and the shape of a parameter. A part of a family is never selected.
 """
 
@@ -24,7 +24,7 @@ _PARAMETER = ("parameter", "parameters", "param", "params", "theta", "weight", "
 _GRADIENT = ("gradient", "gradients", "grad", "grads", "g", "dw", "dp", "d")
 _HVP = "hvp"
 _ROLES = {"parameter": {"parameter", "parameters", "param", "params", "theta", "p"}, "gradient": {*_GRADIENT[:4]}}
-"""Words that say what tensors are if the keys of all tensors of a file begin with the same word."""
+"""Words that indicate the kind of tensors if the keys of all tensors of a file begin with the same word."""
 
 _ROLE_WORDS = {*_PARAMETER[:5], *_GRADIENT[:4]}
 _GLUED = ("grad", "g", "d")

@@ -141,7 +141,7 @@ def _folder(*kinds: Kind, parts: tuple[Kind, ...] = ()) -> dict[str, Any]:
 def _folder_or_file(
     kind: Kind, open_file: Callable[[LoggedStep], Container], names: Names = NATIVE, *, by_content: bool = False
 ) -> dict[str, Any]:
-    """Return the same for a folder of steps, or one file that contains all steps.
+    """Return the same for a folder of steps, or for one file that contains all steps.
 
     Such a file is detected by its suffix or, if most files with this suffix contain one step, by its content.
     """
@@ -376,7 +376,7 @@ _BUILT_IN: dict[str, Format] = {
         Format(
             "megatron",
             "folder of checkpoints iter_<N>/mp_rank_<T>[_<P>]/model_optim_rng.pt of Megatron-LM",
-            "parameters of all pipeline stages, learning_rate, and what is added under gradient; out of core",
+            "parameters of all pipeline stages, learning_rate, and entries added under gradient; out of core",
             "gradients, which Megatron-LM does not save; tensor and expert parallel models, because their files do "
             "not record how tensors are split (convert them to torch_dist and use dcp)",
             **_folder(MEGATRON_KIND),
@@ -384,8 +384,8 @@ _BUILT_IN: dict[str, Format] = {
         Format(
             "verl",
             "folder of checkpoints global_step_<N>/ of verl: [actor/]model_world_size_<W>_rank_<R>.pt, one file "
-            "with the parts of each of W ranks",
-            "parameters of the actor or critic, put together from the parts of all ranks; optimizer state "
+            "for each of W ranks",
+            "parameters of the actor or critic, assembled from the parts of all ranks; optimizer state "
             "(--include optimizer); out of core",
             "gradients, which verl does not save; tensors that are split along several dimensions (merge them with "
             "python -m verl.model_merger merge); more than 64 ranks",

@@ -29,7 +29,7 @@ _log = logger(__name__)
 class _Part:
     """Some quantities of a source, all logged ``shift`` steps before the step that they belong to.
 
-    The user declared the shift of ``declared``, which may be 0.
+    The user declared the shifts of the quantities in ``declared``, which may be 0.
     """
 
     source: Source

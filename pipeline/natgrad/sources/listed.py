@@ -22,7 +22,7 @@ _STEPS_EXAMINED = 10
 """Number of steps that stay open while a log is examined."""
 
 _STEPS_HELD, _FILES_HELD = 32, 64
-"""Number of steps and of files that are held open. A process may have 256 open files on macOS, 1024 on Linux."""
+"""Maximum numbers of steps and files that are held open. macOS allows 256 open files per process, Linux 1024."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class ListedLog(KeptOpen):
     def hold(self, steps: Sequence[LoggedStep], is_new: Callable[[LoggedStep], bool]) -> list[LoggedStep]:
         """Open new steps that the run may remove soon, and keep them open until the context of the log ends.
 
-        Only local steps that were written lately are opened, and only so many of them as a process can have open.
+        Only local steps that were written recently are opened, and only as many of them as a process can have open.
         The oldest ones are opened first, because they are removed first.
 
         Parameters
@@ -120,7 +120,7 @@ class ListedLog(KeptOpen):
                 return
             descriptors = []
             for path in paths:
-                # A pipe would block until somebody writes to it.
+                # Opening a pipe would block until a process writes to it.
                 descriptors.append(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
                 stack.callback(os.close, descriptors[-1])
             if not all(stat.S_ISREG(os.fstat(descriptor).st_mode) for descriptor in descriptors):
@@ -143,7 +143,7 @@ class ListedLog(KeptOpen):
         Raises
         ------
         ListingChanged
-            If files of the step were removed since it was listed, whatever error that caused.
+            If files of the step were removed since it was listed, regardless of the error that this caused.
         InputError
             See `Source.open`.
         """

@@ -58,7 +58,7 @@ class _Interpretation:
         return len(self._order) + len(self._numbers)
 
     def is_of(self, container: Container, names: Names) -> bool:
-        """Return True if the keys of a container mean the same."""
+        """Return True if the keys of a container have the same meaning."""
         return (
             self._tensors == container.tensors
             # Tensors of an optimizer may be matched by their order.
@@ -99,7 +99,7 @@ _known: list[_Interpretation] = []
 
 
 def _interpretation(container: Container, names: Names) -> _Interpretation:
-    """Return the interpretation of a container; that of an equal one, if there was one lately."""
+    """Return the interpretation of a container; that of an equal one, if one was used recently."""
     for known in _known[:]:
         if known.is_of(container, names):
             return known
@@ -166,7 +166,7 @@ class _Arrays:
         # Another log may have the gradients under the same keys as this one has the parameters.
         self.aliases |= parameters if self._families else {}
         self._without_optimizer = False
-        del self._container  # this object is of other containers, too
+        del self._container  # this object is also used for other containers
 
     def rest(self, roots: tuple[str, ...]) -> tuple[tuple[str, ...], list[str]]:
         """Return the keys of tensors that belong to no quantity, apart from those of the optimizer, and notes.
@@ -334,7 +334,7 @@ _OBJECT_REMEDIES = {
     r"": "save plain tensors: model.state_dict() for a model, and torch.Tensor for a subclass of it "
     "(tensor.as_subclass(torch.Tensor))",
 }
-"""Remedies for an object in the place of a tensor, by a pattern of its class; the first match applies."""
+"""Remedies for an object instead of a tensor, by a pattern of its class; the first match applies."""
 
 
 _INEXACT = re.compile(r"complex|float|[CF]\d")

@@ -131,7 +131,7 @@ class Names:
         )
 
     def of_file(self, stem: str) -> Names:
-        """Return a copy for a file whose name may say that it contains gradients, such as ``grad-000001``.
+        """Return a copy for a file whose name may indicate that it contains gradients, such as ``grad-000001``.
 
         If it has none of the usual keys, its tensors are gradients instead of parameters.
         """
@@ -141,7 +141,7 @@ class Names:
         return replace(self, keys={**self.keys, "parameter": parameter, "gradient": (*_GRADIENT, ROOT)})
 
     def of_part(self, role: str, container: Container) -> tuple[Names, Callable[[str], str]]:
-        """Return names, and a function that renames the keys of a file of a step with several files.
+        """Return names, and a function that renames the keys of one of several files of a step.
 
         A file that has none of the usual keys of its role contains the tensors of this role under bare names.
 

@@ -128,7 +128,7 @@ def open_sources(
     exact_names : bool
         Do not match names of tensors that differ by a known rule; see `natgrad.sources.tensor_names`.
     recover : int, optional
-        Recover the gradients from states of the optimizer that are at most so many updates apart.
+        Recover the gradients from states of the optimizer that are at most this many updates apart.
     replays : Replays, optional
         Evaluations of an objective at the states of the log, which has no gradients.
 

@@ -34,9 +34,12 @@ _BATCH = (
     "gradients are recovered from the states of the optimizer: each is that of the mini-batch of its update, after "
     "clipping, if there was any"
 )
-_MEANS = "states are several updates apart: each gradient is a mean over them, in which the last updates weigh most"
+_MEANS = (
+    "states are several updates apart: each gradient is a mean over them, in which the last updates have the "
+    "largest weights"
+)
 _SKIPPED = (
-    "the optimizer skipped updates of tensors, as its counters show: their gradients are not known, and are NaN"
+    "the optimizer skipped updates of tensors, as its counters show: their gradients are unknown, and are NaN"
 )
 _UNCONNECTED = "states to which no next state is connected have gradients of NaN"
 
@@ -138,7 +141,7 @@ class _RecoveredStep:
         if content.arrays.get(_GRADIENT):
             tensor = next(iter(content.arrays[_GRADIENT]))
             raise InputError(
-                "the log contains gradients, but they were to be recovered from optimizer states",
+                "the log already contains gradients, but their recovery from optimizer states was requested",
                 where=where(self._step, _GRADIENT, tensor),
                 remedy="omit --gradient from-optimizer",
             )
@@ -200,7 +203,7 @@ class _RecoveredStep:
                     f"the gradient recovered by inverting {update.rule_name} does not explain the update: "
                     f"{check.difference}",
                     where=where(self._step, _GRADIENT, tensor),
-                    why="the learning rate or another option changed after the state was saved, something else "
+                    why="the learning rate or another option changed after the state was saved, something other "
                     "than the optimizer changed the parameters (averaging, clipping of weights), or the rule is a "
                     "different one with the same names",
                     remedy="log gradients, or record them in the training loop; without --gradient from-optimizer, "
@@ -260,7 +263,7 @@ class _RecoveredStep:
                 raise self._not_invertible(str(error), tensor) from error
             if update.span < 0:
                 raise self._not_invertible(
-                    f"the optimizer counts {-update.span} updates less at the next state, so that it was restarted",
+                    f"the optimizer counts {-update.span} fewer updates at the next state, so it was restarted",
                     tensor,
                 )
             if connected and update.span > self._largest_span:

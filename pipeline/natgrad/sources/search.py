@@ -89,10 +89,10 @@ def _entries(folder: Path) -> tuple[list[Path], list[Path]]:
 
 
 def logs_below(folder: Path, stop: Callable[[], bool] = lambda: False) -> Iterator[FoundLog]:
-    """Yield the logs in a folder and below it, the folder itself first. Nothing is read but the starts of files.
+    """Yield the logs in a folder and below it, the folder itself first. Only the beginnings of files are read.
 
-    Folders that are steps of a log that was found are not searched, and neither are Zarr groups and stores of
-    natgrad. Linked folders are searched once.
+    Folders that are steps of a log that was found, Zarr groups and natgrad stores are not searched. Linked folders
+    are searched once.
 
     Parameters
     ----------
@@ -138,7 +138,7 @@ def logs_below(folder: Path, stop: Callable[[], bool] = lambda: False) -> Iterat
 
 
 def _format_of(path: Path) -> str | None:
-    """Return the format of a path; None also if it cannot be read, which opening it as a log reports."""
+    """Return the format of a path; None if it has none or cannot be read, which opening it as a log reports."""
     try:
         return find_format(path)
     except (OSError, InputError):
@@ -212,7 +212,7 @@ def _nearest_by_content(files: list[Path]) -> tuple[str, str] | None:
 
 
 def is_step_file(path: Path) -> bool:
-    """Return True if the content of a file is that of a step in some format, whatever its name is."""
+    """Return True if the content of a file is that of a step in some format, regardless of its name."""
     try:
         return any(kind.content(path) for known in FORMATS.values() for kind in known.kinds)
     except (OSError, InputError):

@@ -38,14 +38,14 @@ _STEP_WORDS = {
 _PLURALS = {"steps", "iters", "iterations", "updates", "batches", "epochs"}
 _CHECKPOINT_WORDS = {"checkpoint", "checkpoints", "ckpt", "ckpts", "chkpt", "snapshot"}
 _EPOCH_WORDS = {"epoch", "epochs", "ep"}
-# A number after one of these words counts something else than the progress of the training.
+# A number after one of these words counts something other than the progress of training.
 _OTHER_WORDS = {
     *("rank", "shard", "part", "of", "gpu", "device", "node", "worker", "process", "stage", "tp", "pp", "dp", "mp"),
     *("layer", "layers", "block", "head", "expert", "member", "replica", "replicate", "group", "client"),
     *("run", "trial", "job", "task", "seed", "fold", "version", "v", "ver"),
     *("token", "tokens", "sample", "samples"),
 }
-# These words say what a file contains. Other words may be the name of a model, such as gpt2, or a metric.
+# These words describe what a file contains. Other words may be the name of a model, such as gpt2, or of a metric.
 _CONTENT_WORDS = {
     *("model", "net", "network", "param", "params", "parameter", "parameters", "weight", "weights", "theta"),
     *("grad", "grads", "gradient", "gradients", "hvp", "state", "states"),
@@ -53,7 +53,7 @@ _CONTENT_WORDS = {
 _ROLES = {
     "gradient": {"grad", "grads", "gradient", "gradients"},
     "hvp": {"hvp"},
-    # A copy of the model, or what belongs neither to the model nor to its gradient or optimizer.
+    # A copy of the model, or data that belong neither to the model nor to its gradient or optimizer.
     "other": {
         *("ema", "swa", "avg", "average", "averaged", "scheduler", "sched", "scaler", "rng", "random", "meta"),
         *("metadata", "config", "args", "trainer", "dataloader", "loader", "sampler"),
@@ -83,13 +83,13 @@ class StepName:
     number : int, optional
         None if the name has none.
     taken : str
-        The part of the name from which it was taken.
+        The part of the name that contains it.
     attempt : int
         K in the ending ``-vK``, with which Lightning marks a file of a restarted run; otherwise 0.
     problem : str
-        Why a number in the name is not taken; empty if there is no number that may be meant as a step.
+        Why a number in the name is not used; empty if there is no number that may be intended as a step.
     span : tuple of int
-        Position of the number that was taken, or of the first number that was not, in the parsed text.
+        Position in the parsed text of the number that is used, or of the first number that is not.
     """
 
     number: int | None = None
@@ -251,7 +251,7 @@ def is_content(name: str) -> bool:
 
 
 def counts_other(before: str) -> bool:
-    """Return True if the text before a number says that it counts something else than progress, such as shards.
+    """Return True if the text before a number shows that it does not count progress but, for example, shards.
 
     Examples
     --------
@@ -298,7 +298,7 @@ class Naming:
     pattern : str
         Value of ``--pattern``: only entries with such a name are steps. By default, the rule of `parse_name` holds.
     keyed : bool
-        The step number is read from the files, so names need none.
+        The step number is read from the files, so names need not contain it.
     """
 
     pattern: str = ""
@@ -314,7 +314,7 @@ class Naming:
         return self.pattern.count("/") + 1
 
     def admits(self, level: int, name: str) -> bool:
-        """Return True if the name of an entry fits the pattern, of which each level is one part."""
+        """Return True if the name of an entry fits the pattern, one part of which describes each level."""
         return not self.pattern or self._matched(level, name) is not None
 
     def _matched(self, level: int, name: str) -> re.Match[str] | None:

@@ -43,7 +43,7 @@ class LoggedStep:
     origin : str
         Where the number was taken from, for messages. It does not distinguish steps.
     step_span : int
-        If not 0, an update leads from a state only to the state that is so many steps later. Other states are not
+        If not 0, an update leads from a state only to the state that is this many steps later. Other states are not
         connected.
     """
 
@@ -101,15 +101,15 @@ class LoggedTensor:
 
 
 class Unreadable(InputError):
-    """A file is not a valid file of its format: it is truncated, still being written, or corrupt."""
+    """Error for a file that is not valid in its format: it is truncated, still being written, or corrupt."""
 
 
 class NotYet(Unavailable):
-    """The log is valid but not complete yet. A later run can succeed."""
+    """Error for a log that is valid but not complete yet. A later run can succeed."""
 
 
 class ListingChanged(NotYet):
-    """Files of a step were removed after they were listed. A new listing of the log can be read."""
+    """Error for files of a step that were removed after they were listed. A new listing of the log can be read."""
 
 
 def where(step: LoggedStep, array: str = "", tensor: str = "") -> str:

@@ -1,6 +1,6 @@
 """Suggest options with which a log may be read: patterns of its names, and keys of its quantities.
 
-The suggestions follow from names alone. They must be tried, and shown to the user, before they are used.
+The suggestions are derived from names alone. They must be tried, and shown to the user, before they are used.
 """
 
 from __future__ import annotations

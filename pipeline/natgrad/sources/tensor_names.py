@@ -50,8 +50,8 @@ def matched_names(
     """Return the names of tensors that have no parameter of the same name, each with the parameter it matches.
 
     A tensor matches a parameter if their names are equal without the levels that wrappers and libraries add,
-    whatever separates the levels, or if the file of the parameters states that both names are of one tensor. No
-    other tensor or parameter may have that name, and the shapes must agree.
+    regardless of the separator of levels, or if the file of the parameters states that both names are of one
+    tensor. No other tensor or parameter may have that name, and the shapes must agree.
 
     Parameters
     ----------
@@ -136,7 +136,8 @@ class _MatchedStep:
             arrays[array] = {matches.get(name, name): tensor for name, tensor in arrays[array].items()}
             first = next(iter(matches))
             notes.append(
-                f"{len(matches)} tensors of {array} have another name than their parameter and are matched, the "
+                f"{len(matches)} tensors of {array} have names that differ from those of their parameters and are "
+                "matched, the "
                 f"first is {first!r} with {matches[first]!r}; --exact-names switches this off"
             )
         return replace(content, arrays=arrays, notes=tuple(notes))

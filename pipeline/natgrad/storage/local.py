@@ -63,7 +63,7 @@ _FAILURES = {
 }
 """Failure, probable cause and remedy for each error code."""
 
-_OTHER_FAILURE = ("the system cannot access a file", "see the message of the system", "correct the cause")
+_OTHER_FAILURE = ("the system cannot access a file", "see the system's message", "correct the cause")
 
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 """Error codes of file systems without hard links."""
@@ -249,7 +249,7 @@ class LocalStorage(Storage):
         descriptor = open_regular(self._path)
         try:
             with _naming_errors(self._path):
-                # pread allocates the bytes that are requested, also beyond the end of the file.
+                # pread allocates all requested bytes, even those beyond the end of the file.
                 size = os.fstat(descriptor).st_size
                 return [os.pread(descriptor, max(min(stop, size) - start, 0), start) for start, stop in spans]
         finally:
@@ -531,7 +531,7 @@ _SPECIAL = {
 
 
 class NotRegularError(OSError):
-    """A name refers to a pipe, a socket, a device or a folder, from which no file can be read."""
+    """Error for a name that refers to a pipe, a socket, a device or a folder instead of a file."""
 
 
 def require_regular(path: str | Path) -> int:
@@ -561,7 +561,7 @@ def open_regular(path: str | Path) -> int:
     """Open a regular file for reading and return its descriptor. Every reader opens local files here.
 
     Opening a pipe waits for its writer, and a device has no end. The type is checked before the file is opened, and
-    again afterwards, because the name may have been given to another file in between.
+    again afterwards, because the name may refer to another file by then.
 
     Raises
     ------

@@ -270,7 +270,7 @@ def _put_lock(lock: Lockable, signed: bytes, store: Lockable, kind: str) -> None
             where=str(store),
             why="it has ended, but without conditional writes in this object store its lock cannot be taken over"
             if dead
-            else "it runs on another machine or in another container; it cannot be detected whether that ended",
+            else "it runs on another machine or in another container, so it is unknown whether it has ended",
             remedy=f"wait until it ends; if it is no longer running, remove {lock}, and run again",
         )
     try:
@@ -282,8 +282,9 @@ def _put_lock(lock: Lockable, signed: bytes, store: Lockable, kind: str) -> None
 def _is_dead(name: Mapping[str, Any]) -> bool:
     """Return True if a process on this machine has ended, even if its process number has been reused.
 
-    Containers and machines may share a host name. A number of a process in another container or on another machine
-    means nothing here, so such a process is not dead, unless this machine was started again in the meantime.
+    Containers and machines may share a host name. The number of a process in another container or on another
+    machine has no meaning here, so such a process is not considered dead, unless this machine has been restarted
+    since.
     """
     if name["host"] != socket.gethostname():
         return False
@@ -319,12 +320,12 @@ def _start_of(process: int) -> str:
 
 
 def _numbering(started: str) -> str:
-    """Return the part of a start that identifies what numbers the processes; empty if unknown."""
+    """Return the part of a start that identifies the namespace of process numbers; empty if unknown."""
     return started.rpartition(" ")[0]
 
 
 def _machine() -> str:
-    """Return the identity of this machine, which stays when it is started again; empty in a container."""
+    """Return the identity of this machine, which does not change at a restart; empty in a container."""
     with suppress(OSError):
         if str(_NAMESPACE.readlink()) == _FIRST_NAMESPACE:
             return Path("/etc/machine-id").read_text().strip()

@@ -185,7 +185,7 @@ def require_local(location: Location, what: str) -> Path:
         raise InputError(
             f"{what} must be a folder on this machine",
             where=str(storage),
-            why="finding and locking many runs needs features that object stores do not have",
+            why="finding and locking many runs needs features that object stores lack",
             remedy="use a folder, or process each run separately: natgrad process SOURCE OUT, which accepts URLs",
         )
     _require_folder(storage.local_path, what)

@@ -28,7 +28,7 @@ _FILES = "checksums"
 
 
 class Damaged(InputError):
-    """A file of a store is missing, or its content is not the recorded one."""
+    """Error for a file of a store that is missing or does not have the recorded content."""
 
 
 def record_files(storage: Storage, files: Mapping[str, int], described: Mapping[str, Any]) -> None:
@@ -72,7 +72,7 @@ def require_results_version(storage: Storage) -> None:
     try:
         version = document_of(storage)["attributes"].get("layout_version")
     except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError):
-        version = LAYOUT_VERSION  # the document is damaged, which its checksum will show
+        version = LAYOUT_VERSION  # the document is damaged, which the comparison of its checksum will detect
     require_version(version, "results", str(storage))
 
 

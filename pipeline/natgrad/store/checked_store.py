@@ -1,4 +1,4 @@
-"""Zarr stores that are only read, and one that compares each file that is read with its recorded checksum.
+"""Read-only Zarr stores, and one that compares each file with its recorded checksum when it is read.
 
 Zarr would read a lost chunk of results as missing values, and a changed chunk as wrong numbers.
 """
@@ -18,7 +18,7 @@ __all__ = ["CheckedStore", "ReadOnlyStore"]
 
 
 class ReadOnlyStore(WrapperStore[Store]):
-    """A Zarr store that is only read, and provides the content of some files itself.
+    """A read-only Zarr store that provides the content of some files itself.
 
     Parameters
     ----------

@@ -2,7 +2,8 @@
 
 A pass computes the checksums of all states that it reads while their bytes are in the cache. Those of copied states
 are compared with the record of their commit. The first pass over a state in the files of the log records its
-checksums in ``commits/reads``, and every later read compares with them. A log is never read only for checksums.
+checksums in ``commits/reads``, and every later read is compared with them. A log is never read only to compute
+checksums.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class KnownChecksums(NamedTuple):
     start : int
         First state.
     values : mapping
-        Array to uint32 array, shape (states, columns); 0 where it is not known.
+        uint32 array by name, shape (states, columns); 0 if unknown.
     known : mapping
         Array to bool array, shape (states,).
     """
@@ -117,7 +118,7 @@ class RecordedChecksums:
         )
 
     def forget(self) -> None:
-        """Read the records again, because others were added."""
+        """Read the records again, because more were added."""
         self._kept = None
 
     def each(self, first: int = 0) -> Iterator[KnownChecksums]:

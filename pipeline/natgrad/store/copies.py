@@ -1,7 +1,7 @@
-"""Copy states that are in the files of a log, and remove copies that are not needed any more.
+"""Copy states that are in the files of a log, and remove copies that are no longer needed.
 
 Both keep the ledger, the results and all checksums. A process that is killed leaves a valid trajectory: copies are
-recorded after they were written, and removals before the files are removed. Calling the function again continues.
+recorded after they are written, and removals before the files are removed. Call the function again to continue.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def _require_ledger(trajectory: Trajectory, storage: Storage) -> None:
         raise InputError(
             f"the ledger lacks {missing} updates, which need the states",
             where=str(storage),
-            why="the states were not analyzed yet, or the analysis was interrupted",
+            why="the states have not been analyzed yet, or the analysis was interrupted",
             remedy="run natgrad analyze OUT first",
         )
 

@@ -333,7 +333,7 @@ def _attributes(store: Storage, kind: str, remedy: str, replaced: bool = False) 
         missing = InputError(
             f"no {kind} here: its metadata cannot be read",
             where=str(store / _DOCUMENT),
-            why="the file was changed or removed, the disk failed, or this folder is not a store of natgrad",
+            why="the file was changed or removed, the disk failed, or this folder is not a natgrad store",
             remedy=f"restore the file; if the folder is a damaged {kind}, remove the folder and "
             + ("process the log again" if kind == "trajectory" else "run natgrad analyze OUT")
             + "; otherwise choose another folder",
@@ -366,7 +366,7 @@ _MADE_BY = {
 
 
 class OtherVersion(InputError):
-    """A store has a layout version that this version of natgrad does not read."""
+    """Error for a store with a layout version that this version of natgrad does not read."""
 
 
 def require_version(version: Any, kind: str, where: str, *, replaced: bool = False) -> None:
@@ -441,7 +441,7 @@ class StoredArray:
     def of(cls, document: Mapping[str, Any]) -> StoredArray:
         """Return the metadata in a document, which the caller has compared with its checksum."""
         dtype = np.dtype(document["data_type"])
-        # JSON has no number for NaN, which Zarr writes as a text.
+        # JSON has no number for NaN, which Zarr writes as a string.
         fill_value = np.asarray(document["fill_value"]).astype(dtype)[()]
         chunks = document["chunk_grid"]["configuration"]["chunk_shape"]
         return cls(tuple(document["shape"]), tuple(chunks), dtype, fill_value)
@@ -468,7 +468,7 @@ def resize_all(store: Storage, names: Iterable[str], length: int) -> None:
         if document["shape"][0] != length:
             document["shape"][0] = length
             changed[name] = json.dumps(document).encode()
-    # If a new name is lost, the length of the previous commit remains, and the next writer corrects it.
+    # If a rename is lost, the length of the previous commit remains, and the next writer corrects it.
     store.put_entries(changed, flush_names=False)
 
 
@@ -533,7 +533,7 @@ def _require_size(chunk: Storage, size: int, elements: Sequence[int], dtype: np.
 def number_chunks(
     array: StoredArray, name: str, before: NDArray[Any], new: NDArray[Any]
 ) -> dict[str, bytes | memoryview]:
-    """Return the complete chunks that contain new numbers of an array with one number, or row, per step.
+    """Return the complete chunks that contain the new numbers of an array with one number, or row, per step.
 
     The numbers of a step are few, so a chunk is not changed in place, and not read from the disk to be changed.
 
@@ -563,6 +563,6 @@ def number_chunks(
 
 
 def encode_texts(texts: Sequence[str]) -> bytes:
-    """Encode texts as the codec vlen-utf8 does: the number of texts, then the length and bytes of each."""
+    """Encode strings as the codec vlen-utf8 does: the number of strings, then the length and bytes of each."""
     encoded = [text.encode() for text in texts]
     return struct.pack("<I", len(encoded)) + b"".join(struct.pack("<I", len(text)) + text for text in encoded)

@@ -171,7 +171,7 @@ class Journal:
         try:
             return self.read(_VERIFICATION)
         except InputError as error:
-            _log.warning("%s (%s): the time of the last verification is not known", error.what, error.where)
+            _log.warning("%s (%s): the time of the last verification is unknown", error.what, error.where)
             return {}
 
     def read_provisional(self) -> dict[str, Any]:

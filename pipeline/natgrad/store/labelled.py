@@ -61,7 +61,7 @@ class LabelledArray:
     ----------
     dimensions : tuple of str
     values : array
-        Numbers, bools or texts (dtype ``str``).
+        Numbers, bools or strings (dtype ``str``).
     attributes : mapping
     """
 
@@ -76,7 +76,7 @@ class LabelledArray:
 
     @property
     def kind(self) -> str:
-        """Name of the dtype; its short form for texts, whose name NumPy does not parse."""
+        """Name of the dtype; its short form for strings, whose name NumPy does not parse."""
         dtype = self.values.dtype
         return dtype.str if dtype.kind == "U" else dtype.name
 
@@ -133,8 +133,8 @@ def contents_of(groups: Mapping[str, LabelledGroup]) -> dict[str, bytes]:
     Parameters
     ----------
     groups : mapping of str to LabelledGroup
-        Path of each group, separated by slashes. The root has the empty path. Groups without an entry that others
-        are in are created.
+        Path of each group, separated by slashes. The root has the empty path. Parent groups without an entry are
+        created.
     """
     contents: dict[str, bytes] = {}
     parents = {"/".join(path.split("/")[:depth]) for path in groups for depth in range(path.count("/") + 1)}
@@ -149,7 +149,7 @@ def contents_of(groups: Mapping[str, LabelledGroup]) -> dict[str, bytes]:
                 contents |= {f"{location}/{key}": chunk for key, chunk in _chunks(array.values, array.chunks)}
     members = {path: document for path, document in documents.items() if path}
     contents |= {f"{path}/{_DOCUMENT}": _json(document) for path, document in members.items()}
-    # The metadata of a group within the consolidated ones state that its members follow.
+    # Within consolidated metadata, the metadata of a group state that those of its members follow.
     listed = {
         path: document | {"consolidated_metadata": _consolidated({})} if "shape" not in document else document
         for path, document in members.items()
@@ -166,7 +166,7 @@ def encoded_chunk(
     Parameters
     ----------
     values : array
-        Values of the chunk. At the end of the array they may be fewer than the chunk has.
+        Values of the chunk. The last chunk of an array may have fewer.
     chunks, index : sequence of int
         Shape of a chunk, and its position among the chunks.
     shuffled : bool

@@ -153,7 +153,7 @@ class StateReference:
 
 
 def merged(parts: Sequence[tuple[int, int, int]], itemsize: int) -> Pieces:
-    """Return pieces, of which those that are adjacent in a file are merged.
+    """Return pieces, merging those that are adjacent in a file.
 
     Parameters
     ----------
@@ -246,7 +246,7 @@ class _Layout:
         return self._columns[key]
 
     def needs(self, itemsizes: Mapping[str, int], first: int, last: int) -> tuple[NDArray[np.int64], int]:
-        """Return the files with a range of elements of any of the arrays, and the number of its pieces."""
+        """Return the files that contain a range of elements of any of the arrays, and the number of its pieces."""
         key = first, last
         if key not in self._needed:
             names = [name for name in itemsizes if name in self.pieces]
@@ -268,7 +268,7 @@ class OpenFiles:
 
     def __init__(self, files: Sequence[ReferencedFile]) -> None:
         self._recorded = files
-        # The file that was used last is the last one.
+        # The most recently used file is the last one.
         self._open: dict[int, ChunkFile] = {}
 
     def descriptor(self, index: int) -> int:
@@ -290,7 +290,7 @@ class OpenFiles:
         return file.descriptor
 
     def keep(self, files: Set[int]) -> None:
-        """Close files that are not needed next, if too many are open: first those that were used first.
+        """Close files that are not needed next, if too many are open, starting with the least recently used.
 
         Raises
         ------
@@ -442,7 +442,7 @@ class References:
             file.require_unchanged(part)
 
     def locate(self, name: str, states: range, column: tuple[int, int], itemsize: int) -> Located:
-        """Locate states of a chunk column, with the indices of `files` in the place of descriptors.
+        """Locate states of a chunk column, with the indices of `files` instead of descriptors.
 
         Parameters
         ----------

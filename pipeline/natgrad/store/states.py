@@ -3,13 +3,13 @@
 Chunks are uncompressed local files, uncompressed objects in another storage, or compressed. The compiled read loop
 reads uncompressed local files directly: it needs the offset of each state, and returns their checksums. States that
 are read are compared with their checksums, because a disk, a storage or a codec may return wrong bytes without an
-error. So are the committed states of a chunk before others are appended to it, because a write would otherwise
-replace a lost chunk by zeros.
+error. The committed states of a chunk are also compared before others are appended to it, because a write would
+otherwise replace a lost chunk by zeros.
 
 The last state may be *provisional*: the log does not contain all of it yet. It has its own record, which lists what
-it lacks, and which the next commit replaces. What it lacks is NaN for every reader, whatever its chunks contain:
-the bytes of the completed state are written there before the commit. All other bytes stay the same, so that a
-reader, and a writer that is killed, never see a part of a state.
+it lacks, and which the next commit replaces. What it lacks is NaN for every reader, regardless of the contents of
+its chunks: the bytes of the completed state are written there before the commit. All other bytes stay the same, so
+that a reader, and a writer that is killed, never see a part of a state.
 
 bfloat16 is stored as its bits in uint16, with the attribute ``ml_dtype``.
 """
@@ -381,8 +381,8 @@ class States:
         """Divide updates into ranges whose states can be located together, while a column is `opened`.
 
         The number of open files and of located pieces is limited. Updates of states that are `gone` are omitted
-        if no pass has read them: their products are not known. So are states that no update needs, if they are gone
-        or dropped.
+        if no pass has read them: their products are unknown. States that no update needs are also omitted if they
+        are gone or dropped.
 
         Parameters
         ----------

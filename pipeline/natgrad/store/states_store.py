@@ -1,6 +1,6 @@
 """A read-only Zarr store of a trajectory, whose states are copies or parts of the files of its log.
 
-Any program that reads Zarr can open it. A chunk of states is read as by a pass, and compared with its checksums.
+Any program that reads Zarr can open it. A chunk of states is read as in a pass, and compared with its checksums.
 All other data are those of the trajectory.
 """
 

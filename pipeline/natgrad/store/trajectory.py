@@ -3,7 +3,7 @@
 A trajectory is one Zarr group::
 
     trajectory.zarr/
-      parameter, gradient, hvp    (step, element)   chunks of whole steps x about a million elements
+      parameter, gradient, hvp    (step, element)   chunks of complete steps x about a million elements
       replicate_parameter, replicate_hvp   (step, replicate, element)   of a stochastic rule; one replicate a chunk
       replicate_loss              (step, replicate)
       step, attempt, loss, learning_rate   (step)   and other logged scalars of `natgrad.schema.names.SCALARS`
@@ -563,7 +563,7 @@ class Trajectory(States):
 
     @property
     def source(self) -> str:
-        """Folder of the log: where its first step was found last, because a log may move between two ingests."""
+        """Folder of the log, where its first step was last found: a log may move between two ingests."""
         names = self.journal.names() if self.n_states else []
         return str(sources_of(self.journal.read(names[0]))[0]["folder"]) if names else self._first_source
 
@@ -599,7 +599,7 @@ class Trajectory(States):
         self.storage.publish(f"trajectory of {self.storage.parent.name}: new identities of {len(sources)} sources")
 
     def mark_gone(self) -> list[int]:
-        """Record which states of older attempts are not in their files any more, and return the new ones.
+        """Record which states of older attempts are no longer in their files, and return the new ones.
 
         A restarted run overwrites its files. Their states are then neither read nor expected, and the updates that
         a pass has computed from them are kept.
@@ -616,7 +616,7 @@ class Trajectory(States):
         return gone
 
     def _changed(self, states: Iterable[int]) -> list[int]:
-        """Return the states of which a file of the log is not as recorded."""
+        """Return the states for which a file of the log is missing or changed."""
         files = {state: self.references.files_of(state) for state in sorted(states)}
         changed = {
             index for index in set().union(*files.values()) if not self.references.files[index].is_unchanged()
@@ -624,7 +624,7 @@ class Trajectory(States):
         return [state for state, own in files.items() if not changed.isdisjoint(own)]
 
     def forget_references(self, checksums: Mapping[str, Mapping[tuple[int, int], int]]) -> None:
-        """Record that states which are in the files of the log are copied now. Their chunks were written.
+        """Record that states from the files of the log are now copied. Their chunks have been written.
 
         Parameters
         ----------
@@ -652,7 +652,7 @@ class Trajectory(States):
         self._load_records()
 
     def missing_states(self) -> list[str]:
-        """Return the ranges of states whose files are not as recorded any more, for users.
+        """Return the ranges of states whose files have changed or are missing, for users.
 
         Neither the ledger nor the results need them. The objects of a log in an object store are not compared.
         """
@@ -727,7 +727,7 @@ class Trajectory(States):
         provisional : bool
             The last of these states is provisional, because of what it lacks.
         references : sequence of StateReference or None, length n, optional
-            Where each state is in the files of the log. The arrays that its reference contains were not written.
+            Location of each state in the files of the log. The arrays that its reference contains were not written.
         """
         start, stop = self.n_fixed, self.n_fixed + len(steps)
         fixed = stop - provisional
@@ -806,7 +806,7 @@ class Trajectory(States):
         found = self._digest_of_all()
         if not found:
             raise InputError(
-                "the checksums of the states are not known yet",
+                "the checksums of the states are still unknown",
                 where=str(self.storage),
                 why="the states are in the files of the log (--in-place), and no pass has read all of them",
                 remedy="run natgrad analyze OUT",

@@ -194,7 +194,7 @@ def stochastic_weight(pair: Pair, curvature: Pair, across_product: ArrayLike, le
     Returns
     -------
     array
-        Lower bound of alpha, excluded. 0 if every positive alpha is sufficient. NaN if there is no such alpha
+        Lower bound of alpha (exclusive). 0 if every positive alpha is sufficient. NaN if there is no such alpha
         (y.<g> <= 0), or if eq. (19) is not defined (<Hg>.<g> = 0 or <ybar>.<g> = 0).
     """
     rate = np.asarray(learning_rate, dtype=np.float64)

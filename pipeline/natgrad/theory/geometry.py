@@ -70,7 +70,7 @@ __all__ = [
 Array = NDArray[np.float64]
 
 LEDGER_ERROR = 1e-14
-"""Guaranteed bound of the error of an inner product x.y of the ledger, relative to |x| |y|."""
+"""Guaranteed bound on the error of an inner product x.y of the ledger, relative to |x| |y|."""
 
 EXACT_NORM = 2.0**-490
 """A norm below this has no accurate square. Each product that underflows is off by up to 2**-1075, so a square of
@@ -82,7 +82,7 @@ their products nor those of their parts underflow or overflow. A part below `EXA
 the vector."""
 
 NONZERO = 5e-324
-"""Square of a vector that is not zero, but whose square underflows. The ledger has it instead of 0."""
+"""Square of a nonzero vector whose square underflows. The ledger stores it instead of 0."""
 
 
 def safe_divide(numerator: Array, denominator: Array) -> Array:
@@ -166,7 +166,7 @@ class Pair:
 
     @property
     def zero_gradient(self) -> NDArray[np.bool_]:
-        """Where y is a zero vector. The norm of another y may underflow to 0."""
+        """True where y is a zero vector. The norm of a nonzero y may underflow to 0."""
         return np.asarray((self.alignment == 0) & (self.across_square == 0))
 
     @property
@@ -240,7 +240,7 @@ def pair(
         # zero makes a negative zero positive; with a negative zero the angle of -g would be -pi.
         on_line = (dimension == 1) & (displacement_square != 0) & ~inexact
         across = np.where(on_line, 0.0 * across, np.maximum(across, 0.0)) + 0.0
-        # Only zero vectors have the norm 0, whatever underflows.
+        # Only zero vectors have the norm 0, even if products underflow.
         lost = np.any([(square > 0) & (square < LEAST_NORM**2) for square in added], axis=0)
         alignment = descent / rate
         across = _nonzero(across, lost & (alignment == 0))
@@ -680,7 +680,7 @@ def status(
     conditions = [
         (~np.asarray(finite, dtype=bool), Status.NON_FINITE),
         (~((rate > 0) & np.isfinite(rate)), Status.NO_LEARNING_RATE),
-        # The component of y along an update of infinite norm is 0, whatever y is.
+        # The component of y along an update of infinite norm is 0 for any y.
         (pair.zero_gradient & (update < np.inf), Status.ZERO_GRADIENT),
         (update == 0, Status.ZERO_UPDATE),
         (~has_data, Status.UNVERIFIABLE),

@@ -259,7 +259,7 @@ class Metric(LinearOperator):  # type: ignore[misc]  # SciPy has no types
         dense = self.alpha * np.eye(self.shape[0]) + self._basis @ block @ self._basis.T
         return np.asarray((dense + dense.T) / 2.0)
 
-    # M is a block in the basis, and a scalar on its complement -------------------------------------------------
+    # M is a block in the basis and a scalar on its complement --------------------------------------------------
 
     def _apply(self, x: ArrayLike, block: Callable[[Array], Array], complement: float) -> Array:
         x = _array("x", x)
@@ -319,7 +319,7 @@ def _diagonalized(unit: Array, directions: ArrayLike | None, weights: ArrayLike 
             remedy="pass one weight for each direction",
         )
     along, lengths = unit @ columns, np.linalg.norm(columns, axis=0)
-    # The rounding errors of an inner product of D terms, and of the two operations that made the columns
+    # The rounding errors of an inner product of D terms, and of the two operations that make the columns
     # orthogonal.
     slipped = np.abs(along) > 2 * (size + 2) * _UNIT * lengths
     if slipped.any():
@@ -370,7 +370,7 @@ def _root(factor: Array) -> Array:
     if len(factor) != 2:
         vectors, lengths, _ = np.linalg.svd(factor)
         return np.asarray((vectors * lengths) @ vectors.T)
-    # In two dimensions all terms have one sign, so the root is accurate even if F is ill-conditioned.
+    # In two dimensions all terms have the same sign, so the root is accurate even if F is ill-conditioned.
     square, volume = factor @ factor.T, abs(factor[0, 0] * factor[1, 1])
     return np.asarray((square + volume * np.eye(2)) / np.sqrt(np.trace(square) + 2.0 * volume))
 

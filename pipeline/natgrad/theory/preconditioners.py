@@ -97,7 +97,7 @@ def symmetric_factor(factor: ArrayLike, roundoff: float, *, definite: bool) -> A
         return symmetric
     values = np.linalg.eigvalsh(symmetric)
     if not values[0] > 2.0 * size * _UNIT * norm:
-        why = "is zero: it was not computed yet" if not factor.any() else "is not positive definite"
+        why = "is zero: it has not been computed yet" if not factor.any() else "is not positive definite"
         raise InputError(f"a factor {why}; its eigenvalues are {values[0]:.3g} to {values[-1]:.3g}")
     # Two bounds of the norm, the second sharper and more expensive than the first, and then the norm itself.
     part = float(np.linalg.norm(skew) / values[0])
@@ -176,7 +176,7 @@ def balanced_damping(factors: tuple[ArrayLike, ArrayLike], damping: float, least
     of_gradients, of_inputs = (float(np.trace(np.asarray(f, np.float64))) / len(np.asarray(f)) for f in factors)
     if not (of_gradients > 0 and of_inputs >= 0 and damping >= 0):
         raise InputError(
-            f"no damping follows from {damping:.3g} and mean eigenvalues {of_gradients:.3g} and {of_inputs:.3g}"
+            f"cannot balance damping {damping:.3g} for mean eigenvalues {of_gradients:.3g} and {of_inputs:.3g}"
         )
     ratio = math.sqrt(of_inputs / of_gradients)
     return max(math.sqrt(damping) / ratio if ratio else math.inf, least), max(math.sqrt(damping) * ratio, least)
@@ -230,7 +230,7 @@ def rotated_eigenvalues(smallest: float, largest: float, epsilon: float, bias: f
         If a value is not known or negative.
     """
     if not 0 <= smallest <= largest < math.inf or not bias > 0 or not math.sqrt(smallest) + epsilon > 0:
-        raise InputError(f"exp_avg_sq is {smallest:.3g} to {largest:.3g}, epsilon {epsilon:.3g}")
+        raise InputError(f"exp_avg_sq ranges from {smallest:.3g} to {largest:.3g}, epsilon is {epsilon:.3g}")
     return (math.sqrt(smallest) + epsilon) / bias, (math.sqrt(largest) + epsilon) / bias
 
 

@@ -97,7 +97,7 @@ def smallest_effective(terms: WindowTerms, follows: NDArray[np.bool_], longest: 
     Returns
     -------
     smallest : float64 array, shape (...)
-        NaN if there is no such m. An m with a window whose status is not known is not one.
+        NaN if there is no such m. An m is excluded if the status of one of its windows is unknown.
     count : int64 array, shape (...)
         Number of windows that support it: all windows of that m that do not pass a gap. 0 if there is no such m.
     """
@@ -111,7 +111,7 @@ def smallest_length(effective: NDArray[np.bool_], follows: NDArray[np.bool_]) ->
     Parameters
     ----------
     effective : bool array, shape (longest, ...)
-        True for each length, from 1, of which all windows are effective: the conjunction of `effective_lengths` of
+        True for each length, from 1, for which all windows are effective: the conjunction of `effective_lengths` of
         all parts of the run.
     follows : bool array, shape (updates - 1,)
         True if an update continues the one before it, for all updates of the run.
@@ -137,7 +137,7 @@ def effective_lengths(
     Parameters
     ----------
     terms : WindowTerms
-        Of the updates at which windows start, and of the ``longest - 1`` updates after them, as far as they exist.
+        Terms of the updates at which windows start, and of the ``longest - 1`` updates after them if they exist.
     follows : bool array, shape (updates - 1,)
         True if an update continues the one before it. Windows do not pass a gap.
     starts : int
@@ -192,7 +192,7 @@ def effective_lengths(
 
 
 _STARTS_AT_ONCE = 128
-"""Windows of which the prefix sums are computed together: they fit into the cache, and their errors are small."""
+"""Number of windows whose prefix sums are computed together. They fit into the cache, with small errors."""
 
 _LEAST_SQUARE, _MOST_SQUARE, _LEAST_SUM = 1e-100, 1e100, 1e-60
 """Range of squared norms and of y.g in which no window of fewer than 10^15 updates underflows or overflows: the
@@ -210,7 +210,7 @@ def _contiguous(follows: NDArray[np.bool_]) -> list[tuple[int, int]]:
 
 
 def _refute(effective: NDArray[np.bool_], terms: WindowTerms, starts: int) -> None:
-    """Mark the lengths that have a window which is not effective, among those that start at the first updates."""
+    """Mark the lengths with a window that is not effective, among the windows that start at the first updates."""
     alignment = terms.pair.alignment
     lengths = min(len(alignment), len(effective))
     _refute_unknown(effective, terms, starts)
@@ -346,7 +346,7 @@ def smallest_decreasing(
     Returns
     -------
     smallest : float
-        NaN if there is no such m. An m with a comparison that lacks a loss is not one.
+        NaN if there is no such m. An m is excluded if one of its comparisons lacks a loss.
     count : int
         Number of comparisons that support it: all windows of that m that do not pass a gap. 0 if there is no such
         m.

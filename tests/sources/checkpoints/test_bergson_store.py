@@ -161,7 +161,7 @@ def test_stores_of_different_losses_are_distinguished(run, tmp_path):
         assert found[0].endswith(f"(in step-{step})")
 
 
-def test_tensors_without_gradient_are_listed_when_left_out(run, tmp_path):
+def test_omitted_tensors_without_gradient_are_listed(run, tmp_path):
     warnings = ingest(list(run), tmp_path / "out").warnings
     assert sum("'transformer.wte.weight'" in warning for warning in warnings) == 1
 
@@ -429,7 +429,7 @@ def test_a_bias_must_match_its_parameter(other, tmp_path):
     )
 
 
-def test_a_store_of_another_checkpoint_than_its_name_is_refused(run):
+def test_a_store_that_contradicts_its_name_is_refused(run):
     (run[1] / "checkpoint-0").rename(run[1] / "taken")
     (run[1] / "checkpoint-1").rename(run[1] / "checkpoint-0")
     assert "built from step-1, but its name indicates step 0" in refused(run).what

@@ -27,7 +27,7 @@ safetensors_torch = Lazy("safetensors.torch")
 
 SHAPES = {**TENSORS, "scale": (1,)}  # the engine does not support scalars
 STATES = random_walk(5, SHAPES)
-# Powers of two: moments of gradients of few digits are exact, whatever a processor fuses.
+# Powers of two: moments of gradients of few digits are exact, even if the processor fuses operations.
 GROUPS = [
     {"lr": rate, "weight_decay": decay, "betas": (0.5, 0.75), "eps": 2.0**-10}
     for rate, decay in ((0.125, 0.25), (0.03125, 0.0))
@@ -136,7 +136,7 @@ def test_scalars_and_tied_weights_are_those_of_the_engine(job, stage):
     assert content.ties == {"tied.weight": "layers.9.weight"}
 
 
-def test_a_checkpoint_newer_than_the_tracker_file_is_left_out_with_a_warning(tmp_path, job, caplog):
+def test_a_checkpoint_newer_than_the_tracker_file_is_omitted_with_a_warning(tmp_path, job, caplog):
     shutil.copytree(job / "stage 2", tmp_path / "log")
     (tmp_path / "log" / "latest").write_text("global_step3")
     os.utime(tmp_path / "log" / "global_step4" / "mp_rank_00_model_states.pt")
@@ -298,7 +298,7 @@ def other_numbers(tree):
         (other_numbers, "group 0 of a rank has none that matches its weights"),
     ],
 )
-def test_moments_that_do_not_match_the_weights_are_left_out_with_a_note(tmp_path, job, caplog, change, what):
+def test_moments_that_do_not_match_the_weights_are_omitted_with_a_note(tmp_path, job, caplog, change, what):
     shutil.copytree(job / "stage 2, trained", tmp_path / "log")
     for path in (tmp_path / "log").glob("global_step[1-9]/*rank_1_*optim_states.pt"):
         rewritten(path, change)

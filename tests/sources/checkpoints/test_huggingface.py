@@ -280,7 +280,7 @@ def test_the_rates_of_groups_are_shifted_with_the_rate(tmp_path):
     assert rates_of(summary)[1][1:6] == [[rate, rate / 2] for rate in LATE]
 
 
-def test_an_unfinished_checkpoint_is_left_out_with_a_warning(tmp_path, trained, caplog):
+def test_an_unfinished_checkpoint_is_omitted_with_a_warning(tmp_path, trained, caplog):
     shutil.copytree(trained[0], tmp_path / "out")
     (tmp_path / "out" / "checkpoint-4" / "trainer_state.json").unlink()
     assert [step.number for step in open_source(tmp_path / "out").steps()] == [1, 2, 3]
@@ -497,7 +497,7 @@ def test_states_of_accelerate_reproduce_the_run(tmp_path, accelerated):
         assert row[:8].tobytes() == np.concatenate([bias.ravel(), weight.ravel()]).tobytes()
 
 
-def test_an_unfinished_state_of_accelerate_is_left_out_with_a_warning(tmp_path, accelerated, caplog):
+def test_an_unfinished_state_of_accelerate_is_omitted_with_a_warning(tmp_path, accelerated, caplog):
     shutil.copytree(accelerated[0] / "run", tmp_path / "run")
     (tmp_path / "run" / "checkpoint-3" / "random_states_0.pkl").unlink()
     assert [step.number for step in open_source(tmp_path / "run").steps()] == [0, 1, 2]

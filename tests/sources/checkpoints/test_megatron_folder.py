@@ -1,6 +1,6 @@
 """Checkpoints of Megatron-LM.
 
-The trainer needs a GPU, so its files are created here in the way of ``megatron/training/checkpointing.py``, and the
+The trainer needs a GPU, so its files are created here as in ``megatron/training/checkpointing.py``, and the
 metadata of ``torch_dist`` in the form that megatron-core 0.16 writes.
 """
 
@@ -220,7 +220,7 @@ def test_a_payload_among_the_arguments_never_runs(tmp_path, megatron):
     assert not (tmp_path / "trace").exists()
 
 
-def test_an_unfinished_iteration_is_left_out_with_a_warning(tmp_path, megatron, caplog):
+def test_an_unfinished_iteration_is_omitted_with_a_warning(tmp_path, megatron, caplog):
     folder = write_torch(tmp_path, megatron)
     (folder / "latest_checkpointed_iteration.txt").write_text("1")
     assert [step.number for step in open_source(folder).steps()] == [0, 1]

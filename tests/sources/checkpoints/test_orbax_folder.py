@@ -96,7 +96,7 @@ def test_a_large_tensor_is_read_chunk_by_chunk(job):
     assert_out_of_core(open_source(job / "large"), "weight", np.zeros((1 << 19) + 7, np.float32))
 
 
-def test_unfinished_checkpoints_are_left_out_with_a_warning(tmp_path, job, caplog):
+def test_unfinished_checkpoints_are_omitted_with_a_warning(tmp_path, job, caplog):
     folder = tmp_path / "log"
     shutil.copytree(job / "float32" / "ocdbt", folder)
     (folder / "2").rename(folder / "2.orbax-checkpoint-tmp-17")

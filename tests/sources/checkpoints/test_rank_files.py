@@ -49,7 +49,7 @@ def test_the_parts_of_all_ranks_give_the_ledger_of_the_run(tmp_path, job):
     assert not has_copies(tmp_path / "in place")
 
 
-def test_the_optimizer_is_put_together_in_the_same_way(tmp_path, job):
+def test_the_optimizer_is_assembled_in_the_same_way(tmp_path, job):
     ingest(job, tmp_path / "out", include=["optimizer"])
     states = open_trajectory(tmp_path / "out")
     assert set(states.dtypes) == {"parameter", "gradient", "exp_avg"}

@@ -106,14 +106,14 @@ def test_the_optimizer_of_another_file_is_read_on_request(tmp_path, run, suffix,
     for step, state in enumerate(run):
         torch.save(moments(state, step, list(TENSORS)), tmp_path / "log" / f"optimizer_{step}.pt")
         shutil.copy(tmp_path / "log" / f"params_{step}{suffix}", tmp_path / "log" / f"ema_params_{step}{suffix}")
-    if suffix == ".safetensors":  # which keeps no order of tensors
+    if suffix == ".safetensors":  # which does not preserve the order of tensors
         (tmp_path / "log" / "natgrad.toml").write_text(f"order = {list(TENSORS)}".replace("'", '"'))
     ingest(tmp_path / "log", tmp_path / "store", include=["optimizer"])
     stored = open_trajectory(tmp_path / "store")
     assert set(stored.dtypes) == {"parameter", "gradient", "exp_avg"}
     assert (stored.scalar("updates") == np.arange(STEPS)[:, None]).all()
     assert "4 files are not read because other files of the same steps contain the model" in caplog.text
-    # What nobody requested does not matter, even if it cannot be read.
+    # An array that was not requested has no effect, even if it cannot be read.
     os.truncate(tmp_path / "log" / "optimizer_2.pt", 100)
     ingest(tmp_path / "log", tmp_path / "plain")
     with pytest.raises(InputError, match=r"cannot read the state of the optimizer: optimizer_2\.pt"):

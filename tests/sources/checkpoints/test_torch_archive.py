@@ -42,7 +42,7 @@ def torch_imported():
 
 
 class Kind(enum.Enum):
-    """A class that no reader knows."""
+    """A class that is unknown to every reader."""
 
     A = 1
 
@@ -340,7 +340,7 @@ def test_objects_of_unknown_classes_are_skipped_and_named_once(tmp_path):
         ("grad", "module", "gradient", "torch.nn.modules.linear.Linear", "state_dict"),
     ],
 )
-def test_an_object_in_the_place_of_tensors_is_named_at_once(tmp_path, entry, value, array, kind, remedy):
+def test_an_object_instead_of_tensors_is_reported_immediately(tmp_path, entry, value, array, kind, remedy):
     made = {
         "sparse": lambda: torch.ones(2).to_sparse(),
         "dense": lambda: torch.ones(()),
@@ -350,14 +350,14 @@ def test_an_object_in_the_place_of_tensors_is_named_at_once(tmp_path, entry, val
     value = {name: made[each]() for name, each in value.items()} if isinstance(value, dict) else made[value]()
     folder = write_checkpoints(tmp_path, [tree(0) | {entry: value}])
     with pytest.raises(InputError, match=re.escape(kind)) as caught:
-        ingest(folder, tmp_path / "out.zarr")  # it was written just now: it is not left for the next pass
+        ingest(folder, tmp_path / "out.zarr")  # it was written just now, and is not deferred to the next pass
     assert not isinstance(caught.value, NotYet | Unreadable)
     assert caught.value.where.endswith(f"step 0, {array}")
     assert remedy in caught.value.remedy
     assert "inert" not in str(caught.value)
 
 
-def test_a_complete_module_in_place_of_its_state_is_refused(tmp_path):
+def test_a_complete_module_instead_of_its_state_is_refused(tmp_path):
     with pytest.raises(
         InputError, match=r"the file is an object of 'torch\.nn\.modules\.linear\.Linear'"
     ) as caught:
@@ -365,7 +365,7 @@ def test_a_complete_module_in_place_of_its_state_is_refused(tmp_path):
     assert "model.state_dict()" in caught.value.remedy
 
 
-def test_arrays_of_random_states_in_a_file_without_known_keys_are_no_parameters(tmp_path):
+def test_arrays_of_random_states_in_a_file_without_known_keys_are_not_parameters(tmp_path):
     trees = [{"w": torch.ones(2), "grad": {"w": torch.ones(2)}, "rng": {"numpy": ("MT19937", np.ones(3))}}]
     assert content_of(write_checkpoints(tmp_path, trees)).arrays["parameter"].keys() == {"w"}
 
@@ -544,23 +544,23 @@ def test_a_file_that_was_removed_is_refused(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def whole_archive(tmp_path_factory):
+def complete_archive(tmp_path_factory):
     return saved(tmp_path_factory.mktemp("log"), tree(7, opt=[{"lr": 0.1}])).read_bytes()
 
 
 @given(length=st.integers(0))
 @reads_only
-def test_a_truncated_archive_is_refused(tmp_path, whole_archive, length):
+def test_a_truncated_archive_is_refused(tmp_path, complete_archive, length):
     path = tmp_path / "step_7.pt"
-    path.write_bytes(whole_archive[: length % len(whole_archive)])
+    path.write_bytes(complete_archive[: length % len(complete_archive)])
     refusal(path)
 
 
 @given(changes=changes(8))
 @settings(reads_only, max_examples=300)
-def test_a_corrupt_archive_is_either_read_or_refused(tmp_path, whole_archive, changes):
+def test_a_corrupt_archive_is_either_read_or_refused(tmp_path, complete_archive, changes):
     path = tmp_path / "step_7.pt"
-    path.write_bytes(damage(whole_archive, changes))
+    path.write_bytes(damage(complete_archive, changes))
     try:
         with opened(path) as file:
             for key, logged in file.tensors.items():

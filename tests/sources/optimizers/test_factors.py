@@ -227,7 +227,7 @@ def test_the_logged_metric_maps_the_update_to_the_gradient(tmp_path, rule):
     checked = 0
     for step, ((start, gradients, _), (end, _, _)) in enumerate(itertools.pairwise(records)):
         if rule == "pytorch_optimizer" and step == 0:
-            with pytest.raises(InputError, match="is zero: it was not computed yet"):
+            with pytest.raises(InputError, match="is zero: it has not been computed yet"):
                 read_metric(tmp_path / "log", "out.weight", step)
             continue
         for name in SHAPES:
@@ -628,7 +628,7 @@ def test_amsgrad_is_not_mistaken_for_adam(tmp_path):
     ("change", "why"),
     [
         (lambda f: f.neg_(), "not positive definite"),
-        (lambda f: f.zero_(), "is zero: it was not computed yet"),
+        (lambda f: f.zero_(), "is zero: it has not been computed yet"),
         (lambda f: f[0, 0].fill_(torch.nan), "not finite"),
         (lambda f: f[0, 1].add_(f.diagonal().min()), "not symmetric"),
         (lambda f: f.resize_(3, 4), "the factors have shapes"),

@@ -32,7 +32,7 @@ def muon(**options):
     return lambda model: torch.optim.Muon(model.parameters(), lr=1e-2, weight_decay=0.1, **options)
 
 
-# Rule, how it is made, the limits of the median error in float32 and bfloat16, and what its check proves.
+# The rule, its construction, the limits of the median error in float32 and bfloat16, and what its check proves.
 CASES = {
     "AdamW": ("AdamW", optimizer("AdamW", lr=1e-2, weight_decay=0.1), 1.6e-7, 1e-2, "verified"),
     "AMSGrad": ("AdamW", optimizer("AdamW", lr=1e-2, amsgrad=True), 1.6e-7, 1e-2, "verified"),
@@ -93,7 +93,7 @@ def run(name, dtype):
 
 
 def figure(figures, name):
-    """Return a figure for all updates and tensors, shape (updates, tensors)."""
+    """Return a quantity for all updates and tensors, shape (updates, tensors)."""
     return np.array([list(each[name].values()) for each in figures])
 
 
@@ -109,7 +109,7 @@ def test_the_gradient_is_that_of_the_training_loop(name, dtype):
     _, truth, (gradients, figures) = run(name, dtype)
     error, bound = errors(gradients, truth), figure(figures, "gradient_error_bound")
     assert np.median(error) <= limit
-    # The bound has the worst case of every operation. It is not empty: rounding has some percent of it.
+    # The bound assumes the worst case of every operation. It is not vacuous: rounding reaches a few percent of it.
     assert (error <= bound).all()
     assert np.median(error / bound) > 0.01
     assert {RULE_NAMES[int(number)] for number in figure(figures, "gradient_rule").ravel()} == {rule}
@@ -397,7 +397,7 @@ def test_a_skipped_update_has_no_gradient(name):
 
 def test_a_restarted_optimizer_is_refused():
     trees, *_ = run("AdamW", "float32")
-    with pytest.raises(InputError, match="counts 4 updates less"):
+    with pytest.raises(InputError, match="counts 4 fewer updates"):
         recovered(MemoryLog([trees[5], trees[1]]))
 
 

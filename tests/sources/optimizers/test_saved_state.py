@@ -229,10 +229,10 @@ def test_updates_without_decay_are_those_of_the_optimizer_without_decay(tmp_path
         at = {"descent": "gradient"} if "descent" in rest[variable].dims else {}
         own, of_gradient = rest[variable].sel(at), expected[variable].sel(at)
         # The states are rounded to float64: 2**-53 of parameters of at most 2 and updates of at least 1e-3. Near 0
-        # the angle of a sum of vectors is less accurate, as its uncertainty says.
+        # the angle of a sum of vectors is less accurate, as its uncertainty states.
         limit = 1e-12 + (rest["angle_uncertainty"].sel(at) if variable == "angle" else 1e-11 * abs(of_gradient))
         assert (abs(own - of_gradient) <= limit).all(), variable
-    # With decay the updates are others.
+    # With decay the updates differ.
     assert abs(found[True]["model/update_norm"] - found[False]["model/update_norm"]).max() > 1e-4
 
 
@@ -248,7 +248,7 @@ def test_weight_decay_that_may_not_be_decoupled_is_named(tmp_path):
     trained(lambda model: Old(model.parameters(), lr=0.1, weight_decay=0.25), saver(tmp_path / "log"), steps=3)
     summary = ingest(tmp_path / "log", tmp_path / "store")
     assert any("does not state whether it is decoupled" in text for text in summary.warnings)
-    # The advice works.
+    # The proposed remedy works.
     natgrad.process(tmp_path / "log", tmp_path / "run", weight_decay=0.25, workers=1)
     tree = read_results(tmp_path / "run" / "results.zarr")
     assert (tree["tensor/weight_decay"] == 0.25).all()

@@ -1,4 +1,4 @@
-"""Logs of scalars in addition to those of tensors, written by the loggers that users have."""
+"""Logs of scalars in addition to those of tensors, written by common loggers."""
 
 import contextlib
 import csv
@@ -732,7 +732,7 @@ def train_and_validation(tmp_path):
 def test_records_that_differ_in_a_label_give_no_value_until_one_is_selected(tmp_path):
     path = train_and_validation(tmp_path)
     found, notes = scalars_of(path)
-    # Records of one quantity, which agree, are not in doubt.
+    # Records of one quantity that agree are unambiguous.
     assert list(found.values()) == [{"learning_rate": 0.5}] * STEPS
     (note,) = (note for note in notes if note.startswith("loss is not used"))
     assert "10.0 of loss[mode=train] and 90.0 of loss[mode=val] at step 0" in note
@@ -815,7 +815,7 @@ def test_a_restart_within_an_epoch_is_a_restart(tmp_path):
     assert losses_of(found) == [0.0, 4.0, 5.0, None, None, None]
 
 
-def test_a_sparse_key_of_an_abandoned_attempt_is_left_out(tmp_path):
+def test_a_sparse_key_of_an_abandoned_attempt_is_omitted(tmp_path):
     rows = [{"step": n, "loss": float(n), **({"lr": 0.5} if n in (0, 3) else {})} for n in (0, 1, 2, 3, 1, 2)]
     found, _ = scalars_of(lines(tmp_path, *rows))
     assert [found[n].get("learning_rate") for n in range(STEPS)] == [0.5, *[None] * 5]
@@ -837,7 +837,7 @@ def test_a_session_that_purges_steps_removes_them(tmp_path):
                 writer.add_scalar("loss", 1.0 if purge is None else 2.0, step)
     settled(tmp_path / "events")
     found, notes = scalars_of(tmp_path / "events")
-    # No value was logged at step 2 again, and none falls back.
+    # No value was logged at step 2 again, and the removed values are not used.
     assert losses_of(found) == [1.0, 1.0, None, 2.0, None, None]
     assert any("3 values that were logged before" in note for note in notes)
 
@@ -888,7 +888,7 @@ def test_the_last_line_of_a_finished_file_is_read_if_it_is_a_record(tmp_path, na
 
 
 @pytest.mark.parametrize("text", ["step;loss\n0;1\n1;5,5\n", "step,loss\n0,1\n1,tensor(5.)\n"])
-def test_a_value_that_is_no_number_is_refused_with_its_line(tmp_path, text):
+def test_a_value_that_is_not_a_number_is_refused_with_its_line(tmp_path, text):
     (tmp_path / "a.csv").write_text(text)
     with pytest.raises(InputError, match="is not a number") as caught:
         scalars_of(settled(tmp_path / "a.csv"))

@@ -64,7 +64,7 @@ def test_lines_of_megatron_are_read_by_state(tmp_path):
     assert any("1 losses are omitted: each is a mean over several updates" in warning for warning in warnings)
 
 
-def test_what_the_trainer_prints_is_read_by_counting_its_lines(tmp_path, capsys):
+def test_printed_lines_of_the_trainer_are_read_by_counting_them(tmp_path, capsys):
     folder, _ = train(tmp_path / "out")
     text = capsys.readouterr().out
     printed = [ast.literal_eval(line) for line in re.findall(r"\{'loss'.*?\}", text)]
@@ -113,7 +113,7 @@ def test_labels_restarts_and_repeated_steps_follow_the_rules_of_scalar_logs(tmp_
     [
         ("iter step: loss loss", "must contain fields"),
         ("{step} {step}", "must contain fields"),
-        ("{step}{loss}", "a text between two fields"),
+        ("{step}{loss}", "there must be text between two fields"),
         ("{step} {} {loss}", "must contain fields"),
         ("{step {loss}", "must contain fields"),
         ("nanoGPT", "must contain fields"),

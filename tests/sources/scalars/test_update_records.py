@@ -1,4 +1,4 @@
-"""The log history of the Trainer, alone, as a log of scalars."""
+"""The log history of the Trainer, without other files, as a log of scalars."""
 
 import json
 
@@ -12,7 +12,7 @@ from opened import ingest
 @pytest.mark.parametrize(
     ("version", "late"), [("4.40.1", True), ("4.51.0", False), ("5.0.0.dev0", False), (None, None)]
 )
-def test_a_rate_belongs_to_the_update_that_the_version_says(tmp_path, version, late):
+def test_a_rate_belongs_to_the_update_that_the_version_determines(tmp_path, version, late):
     rates = [0.5, 0.4, 0.3, 0.2]
     entries = [
         {"step": s, "loss": 1.0 / (s + 2), "learning_rate": rates[s if late else s - 1], "epoch": s / 10}

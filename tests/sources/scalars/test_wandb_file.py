@@ -1,4 +1,4 @@
-"""Files of runs written offline by the real wandb, read without wandb."""
+"""Files of offline runs written by wandb itself, read without wandb."""
 
 import json
 import random
@@ -36,7 +36,7 @@ VALUES = [(step, np.pi / (step + 1), None if step == 3 else 0.1 * 0.9**step) for
 
 
 def row(step, loss, rate):
-    """Yield scalars under nested keys, together with other values; one is as long as several blocks."""
+    """Yield scalars under nested keys and other values, one of which has the length of several blocks."""
     values = {"train": {"loss": loss, "global_step": step}, "note": "x" * (40_000 if step == 2 else 3_000)}
     return {**values, "accuracy": 1, "picture": {"_type": "image", "size": [1, 2]}} | ({"lr": rate} if rate else {})
 

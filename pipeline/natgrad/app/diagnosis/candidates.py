@@ -59,7 +59,7 @@ class Deadline:
 
 @dataclass
 class Attempts:
-    """Readings and commands that were tried without success, and why they are refused.
+    """Logs and commands that were tried without success, and why they are refused.
 
     Attributes
     ----------
@@ -277,7 +277,7 @@ def readings(
                 queue += guesses
             continue
         known.append(read)
-        # Other names are tried only if this reading found nothing.
+        # Other names are tried only if these options found nothing.
         queue = [] if read.quantities else queue
         queue += [part.with_options({"map": options}) for options in _improvements(read)]
     # Gradients under an unusual key look like parameters if the key is not set.

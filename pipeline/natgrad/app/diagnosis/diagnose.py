@@ -126,7 +126,7 @@ def diagnose(paths: Sequence[Storage], options: Mapping[str, Any]) -> Diagnosis:
     scan = None if asked is not None or len(paths) != 1 else _scan(paths[0], accepted)
     if scan is not None:
         commands.insert(0, scan)
-    # The reason of the sources as they are is often only that the logs are in their folders.
+    # The sources themselves are often refused only because the logs are in their folders.
     main = error if asked is not None or attempts.main() is None else attempts.main()
     return Diagnosis(
         chosen,

@@ -247,7 +247,7 @@ class _Orientation:
                 f"it is unknown whether module {module!r} is stored in the orientation of the model, or transposed",
                 where=where(step, "gradient", module),
                 why="Bergson stores every weight as (out, in), but GPT-2's Conv1D has (in, out); a store records "
-                "neither the shape nor the type of a module, and the shape of a square matrix does not tell",
+                "neither the shape nor the type of a module, and the shape of a square matrix does not reveal it",
                 remedy=_LAYOUT_REMEDY,
             )
         return layout == "conv1d"
@@ -291,7 +291,7 @@ class BergsonStep:
         self._step, self._orientation = step, orientation
         with read_errors(step, _FORM):
             if not _is_store(step.path):
-                raise FileNotFoundError(f"{_DATA} or {_INFO} does not exist any more")
+                raise FileNotFoundError(f"{_DATA} or {_INFO} no longer exists")
             info = parse_json(read_limited(step.path / _INFO, JSON_LIMIT), _INFO)
             if not isinstance(info, dict):
                 raise ValueError(f"{_INFO} is not a JSON object")
@@ -329,14 +329,15 @@ class BergsonStep:
         os.close(self._descriptor)
 
     def _require_step(self) -> None:
-        """Refuse a store that was built from another checkpoint than its name indicates."""
+        """Refuse a store that was not built from the checkpoint that its name indicates."""
         sources = [value.strip("'\"") for key in ("revision", "model") for value in self._settings.get(key, ())]
         name = next((name for value in sources if _STEP_NAME.fullmatch(name := Path(value).name)), None)
         if name is not None and step_number(name) != self._step.number:
             raise InputError(
                 f"the store was built from {name}, but its name indicates step {self._step.number}",
                 where=where(self._step),
-                why="the folder was renamed, or its number has another meaning than that of the checkpoints",
+                why="the folder was renamed, or its number does not have the same meaning as those of the "
+                "checkpoints",
                 remedy="name the folder after the checkpoint to which the gradients belong",
             )
 
@@ -382,7 +383,7 @@ class BergsonStep:
             notes=(self._loss(),),
             untrained=True,
             no_gradient="Bergson provides gradients only for linear modules: all results of the model concern "
-            f"its other {len(found)} tensors, although the tensors listed here may have been trained too",
+            f"its other {len(found)} tensors, although the tensors listed here may also have been trained",
         )
 
     def _prefix(self, parameters: Mapping[str, LoggedTensor]) -> str:

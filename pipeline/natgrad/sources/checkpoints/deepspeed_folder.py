@@ -58,7 +58,7 @@ _SHARDED = {
     r"layer_\d+_expert_.*|expp_rank_.*": "its experts are split over ranks",
 }
 
-_UNIVERSAL = "let DeepSpeed merge it (python -m deepspeed.checkpoint.ds_to_universal) and save its tensors by name"
+_UNIVERSAL = "merge it with DeepSpeed (python -m deepspeed.checkpoint.ds_to_universal) and save its tensors by name"
 
 
 def _is_checkpoint(path: Path) -> bool:
@@ -126,7 +126,7 @@ class _Rank:
     options : dict
         Options of the optimizer groups, by their keys below ``param_groups``.
     flags : dict
-        The same for options that are texts or Booleans.
+        The same for options that are strings or Booleans.
     """
 
     stage_3: bool
@@ -169,7 +169,7 @@ class _Vector:
 
 @dataclass(frozen=True)
 class _TensorLocation:
-    """Position of the elements of a tensor: ``share`` elements from ``offset`` on in each vector, in this order."""
+    """Position of the elements of a tensor: ``share`` elements from ``offset`` of each vector, in this order."""
 
     vectors: Sequence[_Vector]
     offset: int
@@ -354,7 +354,7 @@ class DeepSpeedFolder(Container):
             count = state["partition_count"]
             counts = {_count(number) for number in (count if isinstance(count, list) else [count])}
             if len(counts) != 1:
-                raise self._split("its groups of parameters are split over different numbers of ranks")
+                raise self._split("its parameter groups are split over different numbers of ranks")
             if counts != {ranks}:
                 raise ValueError(
                     f"it was written by {counts.pop()} ranks, but there are {ranks} *_optim_states.pt: one was "
@@ -539,7 +539,7 @@ def _locate_stage_2(
 def _locate_stage_3(
     groups: Sequence[Mapping[str, Any]], ranks: Sequence[Sequence[_Segment]]
 ) -> dict[str, tuple[tuple[int, ...], _TensorLocation]]:
-    """Return the positions of parameters of which each rank has an equal share; the last share is padded."""
+    """Return the positions of parameters that are divided equally over the ranks; the last share is padded."""
     vectors = [_Vector(segments) for segments in ranks]
     locations: dict[str, tuple[tuple[int, ...], _TensorLocation]] = {}
     offset = 0

@@ -115,7 +115,7 @@ class Hdf5File(Container):
     def ranges(self, key: str) -> list[ByteRange] | None:
         """Return where the elements of a tensor are; see `natgrad.sources.base.Ranged`."""
         dataset = self._datasets[key]
-        # The offset is None for a dataset in chunks, or so small that it is in its header.
+        # The offset is None for a dataset that is chunked, or so small that its header contains the data.
         offset = None if dataset.chunks else dataset.id.get_offset()
         if offset is None or dataset.dtype != dataset.dtype.newbyteorder("<"):
             return None

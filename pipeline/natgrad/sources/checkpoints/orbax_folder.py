@@ -137,7 +137,7 @@ class OrbaxFolder(ZarrArrays):
                 store: dict[str, Any] = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
             else:
                 store = {"driver": "file", "path": f"{item.absolute()}/{name}/"}
-            # If chunks of zeros are stored too, a missing chunk was lost.
+            # If chunks of zeros are also stored, a missing chunk was lost.
             lost = bool(tree.get("store_array_data_equal_to_fill_value"))
             specs[key] = {"driver": driver, "kvstore": store, "fill_missing_data_reads": not lost}
 

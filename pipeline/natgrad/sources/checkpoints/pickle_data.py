@@ -107,7 +107,7 @@ class Skipped:
     name : str
         Class, or function that rebuilds the object.
     unknown : bool
-        The name is in none of the tables.
+        None of the tables contains the name.
     array : bool
         The object is a tensor or an array.
     """
@@ -139,7 +139,7 @@ def load(
     ----------
     pickle : bytes
     functions : mapping
-        Name ``module.attribute`` to the function that is called in its place.
+        Name ``module.attribute`` to the function that is called instead.
     values : mapping
         Name ``module.attribute`` to the value that replaces it.
     persistent : callable, optional
@@ -147,7 +147,7 @@ def load(
     inert : collection of str
         Additional names, as in `INERT`; ``package.*`` matches all names of a package.
     budget : Budget, optional
-        What the pickle may take. By default, that of a file which contains only the pickle.
+        Budget of the pickle. By default, that of a file which contains only the pickle.
 
     Raises
     ------
@@ -378,7 +378,7 @@ def flatten(tree: Any, budget: Budget) -> Iterator[tuple[str, Any]]:
     ----------
     tree
     budget : Budget
-        What the leaves and their names may take.
+        Budget of the leaves and their names.
 
     Raises
     ------

@@ -54,8 +54,8 @@ _KNOWN: dict[str, _Tensors] = {}
 class SafetensorsFile(Container):
     """One safetensors file.
 
-    The numbers in its metadata, which are texts, are numbers of the step. A name in the metadata whose text is the
-    name of a tensor is another name of it: libraries store tied tensors once.
+    The numbers in its metadata, which are stored as text, are numbers of the step. If the value of a name in the
+    metadata is the name of a tensor, both names refer to this tensor: libraries store tied tensors once.
 
     Parameters
     ----------
@@ -163,14 +163,14 @@ def _head(region: Region | ObjectRegion) -> bytes:
 def _divided(text: str) -> tuple[dict[str, str] | None, str]:
     """Divide a header into its metadata, None if they are not valid, and the text of all other entries.
 
-    Metadata that are not the first entry are not found.
+    Metadata is found only if it is the first entry.
     """
     tensors = text.rstrip(" ")
     if not text.startswith(_METADATA):
         return {}, tensors
     try:
         metadata, end = parse_json_at(tensors, len(_METADATA), "the header")
-        # All are texts, without surrogates.
+        # All are strings without surrogates.
         "".join([*metadata, *metadata.values()]).encode("utf-8")
     except (ValueError, TypeError, AttributeError):
         return None, tensors

@@ -37,7 +37,7 @@ class SeveralFiles(Container):
         container : Container
             The open file.
         role : str
-            Where its numbers go that another file has with another value.
+            Prefix for its numbers that have a different value in another file.
         rename : callable, optional
             Function of a key in the file that returns the key in this container.
 

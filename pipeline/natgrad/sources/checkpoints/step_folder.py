@@ -39,7 +39,7 @@ class Kind:
     layout : str
         Used in messages, such as ``step_<N>.npz``.
     contains : callable
-        Function of a path that returns True if it is of this kind, whatever its name is. For a file, the suffix
+        Function of a path that returns True if it is of this kind, regardless of its name. For a file, the suffix
         decides.
     open : callable
         Function of a step and names that returns a `Container`.
@@ -81,8 +81,8 @@ class Kind:
     def step_name(self, path: Path, naming: Naming = AUTOMATIC) -> StepName | None:
         """Return the step number in the name of a path, or None if the path is not of this kind.
 
-        A path without a step number is examined only if its name has a number that may be meant as one, or if the
-        number is in the file. A path that no longer exists is of no kind.
+        A path without a step number is examined only if its name has a number that may be intended as one, or if
+        the number is in the file. A path that no longer exists has no kind.
         """
         stem = self.stem(path.name)
         if stem is None and naming.pattern and self.content(path):
@@ -135,7 +135,7 @@ def not_latest_yet(path: Path, tracker: str) -> str:
 
 
 def is_entry(path: Path) -> bool:
-    """Return True: the suffix decides of which kind a file is."""
+    """Return True: the suffix determines the kind of a file."""
     return True
 
 
@@ -327,7 +327,7 @@ class StepFolder:
         return ", ".join(remedies) or "mark the number with --pattern, or name its key (--map step=KEY)"
 
     def _require_writer(self, entry: Storage, reason: str) -> None:
-        """Refuse an incomplete step that is not being written any more."""
+        """Refuse an incomplete step that is no longer being written."""
         if not changed_lately(identity(LoggedStep(-1, entry))["time"]):
             raise InputError(
                 f"a step was never completed: {reason}",
@@ -379,7 +379,7 @@ class StepFolder:
     def _kind_of(self, step: LoggedStep, file: Storage) -> Kind:
         found = self._kind(file)
         if found is None:
-            raise vanished(f"cannot find {file.name} of this step any more", step)
+            raise vanished(f"{file.name} of this step no longer exists", step)
         return found[0]
 
 
@@ -521,7 +521,7 @@ def _newest_attempt(found: Mapping[tuple[int, int], LoggedStep]) -> list[LoggedS
 
 
 def _suggestion(name: str, kind: Kind) -> str:
-    """Return a pattern for a name whose number was not taken, in which other numbers are stars."""
+    """Return a pattern for a name whose number was not used; other numbers are replaced by stars."""
     stem = kind.stem(name) or ""
     start, stop = parse_name(stem).span
     start_text, end_text = (re.sub(r"[0-9][0-9.]*", "*", text) for text in (stem[:start], stem[stop:]))

@@ -40,7 +40,8 @@ __all__ = [
     "unread_objects",
 ]
 
-# Elements of a strided tensor that are gathered together; largest gap between elements that is read, not skipped.
+# Number of elements of a strided tensor that are gathered together; largest gap between elements that is read
+# through.
 _GATHER_LIMIT, _GAP = 1 << 16, 64
 _BYTES_LIMIT = 1 << 10
 _ARCHIVE_OPERATIONS = 200
@@ -70,7 +71,7 @@ TORCH_DTYPES: dict[str, tuple[str, int]] = {
     "float8_e5m2fnuz": ("float8_e5m2fnuz", 1),
     "float8_e8m0fnu": ("float8_e8m0fnu", 1),
 }
-"""Dtypes of torch, to the name of our dtype and the size of an element in bytes."""
+"""Dtypes of torch, with the name of our dtype and the size of an element in bytes."""
 
 _STORAGES = {
     "Double": "float64",
@@ -320,7 +321,7 @@ class TorchArchive:
     inert : collection of str
         Classes whose objects are skipped; see `natgrad.sources.checkpoints.pickle_data.INERT`.
     budget : Budget, optional
-        What the archive may take. By default, that of a file which contains only the archive.
+        Budget of the archive. By default, that of a file which contains only the archive.
 
     Attributes
     ----------

@@ -188,7 +188,7 @@ def _kfac_pytorch(container: Container, root: str, user_options: Mapping[str, st
             'kfac-pytorch) or "inverse" under [optimizer] in natgrad.toml'
         )
     elif damping is None or not every >= 1:
-        problem = "its damping or inversion interval is a function, which is not saved"
+        problem = "its damping or inversion interval is a function, which checkpoints do not contain"
     elif not steps >= 1:
         problem = "it has made no update yet"
     elif (steps - 1) % every:

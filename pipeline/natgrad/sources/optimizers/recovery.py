@@ -1,9 +1,9 @@
 """Recover the gradient of a tensor from two states of its optimizer, and check it against the logged displacement.
 
-The check applies the rule to the recovered gradient. Rounding limits what it can show: the largest difference that
+The check applies the rule to the recovered gradient. Rounding limits what it can prove: the largest difference that
 rounding explains is computed along with it, element by element. A larger difference is an error, because the rule,
-the learning rate or the parameters are then not those of the update. A check whose rounding exceeds `_VISIBLE`
-proves nothing, and neither does one of a rule whose displacement was used to recover the gradient.
+the learning rate or the parameters are then not those of the update. A check proves nothing if its rounding exceeds
+`_VISIBLE`, or if the displacement was used to recover the gradient.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _SLICE = 1 << 13
 reuses memory. From 128 KiB on, it maps pages for each array, which takes five times as long."""
 
 _VISIBLE = 0.1
-"""Largest rounding of a check that proves something, relative to the displacement, and for the second moment
+"""Largest rounding with which a check still proves something, relative to the displacement; for the second moment,
 relative to its change by the gradient."""
 
 _LARGEST_MATRIX = 1 << 22
@@ -61,14 +61,14 @@ _COARSE = ("bfloat16", "float16")
 
 
 class NotInvertible(ValueError):
-    """The rule of a tensor cannot be inverted. The text names it and states the reason."""
+    """Error for a tensor whose rule cannot be inverted. The message names the rule and the reason."""
 
 
 # Identification ------------------------------------------------------------------------------------------------
 
 
 def identified(state: RuleState) -> tuple[Rule, bool | None]:
-    """Return the rule of a tensor, and whether its weight decay is decoupled; None if its options do not show it.
+    """Return the rule of a tensor, and whether its weight decay is decoupled; None if this is unknown.
 
     Parameters
     ----------
@@ -78,7 +78,7 @@ def identified(state: RuleState) -> tuple[Rule, bool | None]:
     Raises
     ------
     NotInvertible
-        If the rule is not known, or cannot be inverted.
+        If the rule is unknown, or cannot be inverted.
     """
     if state.problem:
         raise NotInvertible(state.problem)
@@ -91,11 +91,11 @@ def identified(state: RuleState) -> tuple[Rule, bool | None]:
     known = {*_KNOWN_NAMES, *arrays, *state.numbers}
     unknown = sorted(name for name in state.others if name not in known)
     if unknown:
-        raise NotInvertible(f"its rule is not known: its state also contains {', '.join(unknown[:4])}")
+        raise NotInvertible(f"its rule is unknown: its state also contains {', '.join(unknown[:4])}")
     rule = RULES.get(_name(options, arrays))
     if rule is None:
         listed = ", ".join(sorted({*options, *arrays})) or "nothing"
-        raise NotInvertible(f"its rule is not known: its options and state are {listed}")
+        raise NotInvertible(f"its rule is unknown: its options and state are {listed}")
     for option in ("beta1", "beta2", "momentum", "dampening", "alpha"):
         if option in options and not 0 <= options[option] < 1:
             raise NotInvertible(f"{rule.name} with {option} = {options[option]:g} cannot be inverted")
@@ -118,10 +118,10 @@ _REFUSED = {
     "Shampoo": (("inv_precond_0", "inv_pre_cond_0", "pre_conditioner"), "it keeps statistics of the gradient only"),
     "SOAP": (("GG", "GG/0", "shampoo_beta"), "the basis of its moments changes between states"),
     "PSGD": (("Q", "Q/0"), "it keeps statistics of the gradient only"),
-    "HF Adafactor": (("exp_avg_sq_row", "exp_avg_sq_col"), "the options of transformers' Adafactor are not known"),
+    "HF Adafactor": (("exp_avg_sq_row", "exp_avg_sq_col"), "the options of transformers' Adafactor are unknown"),
     "AdaBelief": (("exp_avg_var",), "its state is not that of Adam"),
     "Adan": (("exp_avg_diff",), "its moments mix two gradients"),
-    "schedule-free": (("z",), "it moves other parameters than those that are saved"),
+    "schedule-free": (("z",), "the parameters that it moves are not those that are saved"),
     "Prodigy": (("p0", "s"), "it scales the gradient by a factor that changes"),
 }
 """Rules that cannot be inverted: the options or names in the state by which they are known, and the reason."""
@@ -154,14 +154,14 @@ def _name(options: Mapping[str, float], arrays: Mapping[str, LoggedTensor]) -> s
 
 
 def _decoupled(rule: str, options: Mapping[str, float]) -> bool | None:
-    """Return whether the decay of a rule is decoupled; None if its options do not show it."""
+    """Return True if the decay of a rule is decoupled; None if its options do not state this."""
     if rule in ("Muon", "Adafactor"):
         return True
     if rule == "Lion":
         return bool(options.get("weight_decouple", 1.0))
     if rule in ("Adam", "NAdam", "RAdam"):
         declared = options.get("decoupled_weight_decay")
-        # NAdam and RAdam have had the option since they have had decoupled decay.
+        # NAdam and RAdam have had this option for as long as they have had decoupled decay.
         return bool(declared or 0.0) if declared is not None or rule != "Adam" else None
     return False
 
@@ -171,7 +171,7 @@ def _decoupled(rule: str, options: Mapping[str, float]) -> bool | None:
 
 @dataclass(frozen=True)
 class Check:
-    """Figures of a recovered gradient.
+    """Properties of a recovered gradient.
 
     Attributes
     ----------
@@ -212,14 +212,14 @@ class TensorUpdate:
     logged : tuple of LoggedTensor
         The parameter in both steps.
     states : tuple of RuleState
-        What the optimizer saved for it.
+        State that the optimizer saved for it.
     span : int
         Number of updates between the states, if the optimizer does not count them.
 
     Raises
     ------
     NotInvertible
-        If the rule is not known, cannot be inverted, or not over k updates.
+        If the rule is unknown, or cannot be inverted at all or over k updates.
     """
 
     def __init__(
@@ -273,7 +273,7 @@ class TensorUpdate:
 
     @cached_property
     def is_skipped(self) -> bool:
-        """True if the optimizer made no update: its counter is the same, or it has none and nothing changed."""
+        """True if the optimizer made no update: its counter is unchanged, or it has none and nothing changed."""
         if not self.span or _count(self._states[1]) is not None:
             return not self.span
         arrays = ("parameter", *self._states[1].arrays)
@@ -367,11 +367,11 @@ class TensorUpdate:
         betas = [beta for beta in ("beta1", "beta2") if update.options.get(beta) and not math.isnan(update.count)]
         return 1.0 + sum(1.0 / update.correction(beta) for beta in betas)
 
-    # What is the same for all elements
+    # Values that all elements share
 
     @cached_property
     def _options(self) -> list[dict[str, float]]:
-        """The options of the update: those that are saved before it and after it, if they differ.
+        """The options of the update: those saved before it and those saved after it, if they differ.
 
         A schedule may change them before or after a state is saved.
         """
@@ -395,7 +395,7 @@ class TensorUpdate:
 
     @property
     def _prepared(self) -> Update:
-        """The update, with the options that explain it and what the rule needs of the complete tensor."""
+        """The update, with the options that explain it and the context that the rule needs."""
         if self._cached is None:
             known = self._decoupled is not None
             flags = (bool(self._decoupled),) if known else (True, False)
@@ -415,8 +415,8 @@ class TensorUpdate:
         found = [pair for pair in computed if pair[0].holds] or computed[:1] or checks[:1]
         if not known and (not computed or len({update.decoupled for _, update in found}) > 1):
             raise NotInvertible(
-                f"{self.rule.name} cannot be inverted: its options do not state whether weight decay is decoupled, "
-                "and neither does the displacement; write decoupled_weight_decay = true (AdamW) or false (Adam) "
+                f"{self.rule.name} cannot be inverted: neither its options nor the displacement show whether "
+                "weight decay is decoupled; write decoupled_weight_decay = true (AdamW) or false (Adam) "
                 "under [optimizer] in natgrad.toml in the folder of the log"
             )
         return [update for _, update in found]
@@ -481,7 +481,7 @@ _CHECK_ROUNDINGS = 8.0
 
 
 def _diverged() -> np.errstate:
-    """Return a context for the numbers of a run that may have diverged: the results are then NaN."""
+    """Return a context for computing with the numbers of a run that may have diverged: the results are then NaN."""
     return np.errstate(all="ignore")
 
 

@@ -77,7 +77,7 @@ _RULE_OPTIONS = (
 )
 """Options that identify a rule, or that its inverse needs."""
 _TEXT_OPTIONS = {"True": 1.0, "False": 0.0, "original": 0.0, "match_rms_adamw": 1.0}
-"""Values of options that are texts; the last two are those of ``adjust_lr_fn``."""
+"""Values of options that are strings; the last two are those of ``adjust_lr_fn``."""
 _FLAGS = (*factors.OPTIONS, *_DECAY_OPTIONS, *_RULE_OPTIONS)
 _OPTION = re.compile(rf"param_groups[/.](.+?)[/.]({'|'.join((*_NUMBERS, *_FLAGS))})")
 _MEMBER = re.compile(r"param_groups/([^/]+)/(params|param_names)/(\d+)")
@@ -303,9 +303,9 @@ def _rule_problem(arrays: Mapping[str, LoggedTensor], shape: tuple[int, ...]) ->
 def _decoupled_decay(options: Mapping[str, float]) -> float:
     """Return the coefficient of decoupled weight decay in the options of a group; NaN if not known.
 
-    The optimizers of torch state whether their decay is decoupled. The decay of Muon is, and that of SGD without
-    momentum is the same whether it is decoupled or added to the gradient. With momentum it is not decoupled.
-    Before 2.7, torch did not tell AdamW from Adam.
+    The optimizers of torch state whether their decay is decoupled. The decay of Muon is decoupled. For SGD without
+    momentum, decoupled decay and decay that is added to the gradient are the same; with momentum it is not
+    decoupled. Before 2.7, torch did not distinguish AdamW from Adam.
     """
     decay = options.get("weight_decay", math.nan)
     if decay == 0 or "ns_steps" in options:
@@ -318,7 +318,7 @@ def _decoupled_decay(options: Mapping[str, float]) -> float:
 
 
 def _decay_note(groups: Sequence[_Group]) -> str:
-    """Return a remark on weight decay of which it is not known whether it is decoupled; empty if there is none."""
+    """Return a note on weight decay that may or may not be decoupled; empty if there is none."""
     unknown = [
         group.options["weight_decay"]
         for group in groups
@@ -333,7 +333,7 @@ def _decay_note(groups: Sequence[_Group]) -> str:
 
 
 def _encoding(container: Container, start: str, entry: str, entry_keys: Mapping[str, str]) -> str:
-    """Return how the moments of an entry are encoded, if not as tensors of floats; empty if they are not."""
+    """Return how the moments of an entry are encoded if they are not tensors of floats; otherwise empty."""
     if any(name in entry_keys for name in _QUANTIZED):
         return "in 8-bit blocks of bitsandbytes (state1, state2)"
     objects = container.objects

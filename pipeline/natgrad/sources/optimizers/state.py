@@ -156,11 +156,11 @@ class OptimizerState:
     unread : str
         Why the saved state cannot be read. The other attributes are then not set.
     notes : tuple of str
-        Remarks for users who requested the state.
+        Notes for users who requested the state.
     group_rates : tuple of float
-        Learning rate of each parameter group, as far as saved.
+        Learning rate of each parameter group, if saved.
     decay_note : str
-        Remark on weight decay of which it is not known whether it is decoupled.
+        Note on weight decay that may or may not be decoupled.
     rules : mapping
         Tensor name to the options and the state that the optimizer saved for it.
     """
@@ -177,12 +177,12 @@ class OptimizerState:
 
     @property
     def rates(self) -> Mapping[str, float]:
-        """Learning rate of each tensor; empty if not known."""
+        """Learning rate of each tensor; empty if unknown."""
         return self.numbers.get("tensor_learning_rate", {})
 
     @property
     def decays(self) -> Mapping[str, float]:
-        """Coefficient of decoupled weight decay of each tensor; empty if not known."""
+        """Coefficient of decoupled weight decay of each tensor; empty if unknown."""
         return self.numbers.get(TENSOR_WEIGHT_DECAY, {})
 
     def hyperparameters(self) -> OptimizerState:

@@ -39,7 +39,7 @@ _ROUNDINGS = 4.0
 
 @dataclass(frozen=True)
 class Update:
-    """An update, or k of them, of a tensor: what is the same for all of its elements.
+    """An update of a tensor, or k of them: the values that all of its elements share.
 
     Attributes
     ----------
@@ -58,7 +58,7 @@ class Update:
     numbers : mapping
         Numbers of the state after it.
     context : mapping
-        What a rule needs of the complete tensor; see `Rule.context`.
+        What a rule needs to know about the complete tensor; see `Rule.context`.
     """
 
     options: Mapping[str, float]
@@ -91,7 +91,7 @@ class Update:
 
 
 class Slice:
-    """Elements of a tensor and of its state, in float64, which are read when they are needed.
+    """Elements of a tensor and of its state, in float64, which are read on first use.
 
     Parameters
     ----------
@@ -157,7 +157,7 @@ class Rule:
     single : bool
         The inverse holds for a single update only, although it uses no displacement.
     slack : float
-        Error of the displacement that the arithmetic of the rule causes, whatever the dtype of the state.
+        Error of the displacement that the arithmetic of the rule causes, for any dtype of the state.
     context : str
         What the rule needs of the complete tensor: "", ``factors`` (`complete_factors`) or ``orthogonalized``.
     """
@@ -290,7 +290,7 @@ def _muon_step(update: Update, part: Slice, entered: Array) -> tuple[Array, dict
 
 
 def _quotient(numerator: Array, denominator: Array) -> Array:
-    """Divide; 0 where both are 0, as for elements that never had a gradient."""
+    """Divide, returning 0 where both are 0, as for elements that never had a gradient."""
     return np.divide(numerator, denominator, out=np.zeros_like(numerator), where=denominator != 0)
 
 
@@ -397,7 +397,7 @@ def complete_factors(
     sums: Callable[[Update], float],
     epsilon: float,
 ) -> dict[str, Any]:
-    """Return what Adafactor needs of a complete tensor.
+    """Return what Adafactor needs to know about a complete tensor.
 
     The update is divided by its root mean square if that is above ``d``. The means of the squared gradient in the
     state give this divisor.
@@ -413,7 +413,7 @@ def complete_factors(
     sums : callable
         Return the sum of the squares of the recovered gradient, without the divisor.
     epsilon : float
-        Smallest value of the second moment is its square, if the group does not state it.
+        If the group does not state the smallest value of the second moment, it is the square of this.
     """
     size = math.prod(shape)
     steps = update.count

@@ -36,7 +36,7 @@ LINE_KEY = "\0line"
 
 @dataclass(frozen=True)
 class Batch:
-    """Consecutive records with the same keys, whose values are texts. Decoding many records together is faster.
+    """Consecutive records with the same keys, whose values are strings. Decoding many records together is faster.
 
     Attributes
     ----------
@@ -114,7 +114,7 @@ class Column:
 
 @dataclass
 class Labels:
-    """The values of a key that tells records apart, as indices of a list of texts. The first text is empty."""
+    """The values of a key that tells records apart, as indices of a list of strings. The first string is empty."""
 
     records: array[int] = field(default_factory=lambda: array("q"))
     codes: array[int] = field(default_factory=lambda: array("q"))
@@ -139,7 +139,7 @@ class Labels:
         self.codes.extend(map(codes.__getitem__, values))
 
     def of(self, records: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the index of the text of each record; 0 if it has none."""
+        """Return the index of the label of each record; 0 if it has none."""
         if not len(self.records):
             return np.zeros(len(records), np.int64)
         own, codes = np.frombuffer(self.records, np.int64), np.frombuffer(self.codes, np.int64)

@@ -79,7 +79,7 @@ Wanted = Callable[[str], bool]
 
 
 class _Expanded(io.RawIOBase):
-    """The content of a file compressed with gzip, which is refused if it expands more than any real log does."""
+    """The content of a gzip file, which is refused if it expands more than any real log would."""
 
     def __init__(self, content: StoredFile) -> None:
         self._file = gzip.GzipFile(fileobj=cast(BinaryIO, content))
@@ -114,7 +114,7 @@ def complete_lines(
 ) -> Iterator[str]:
     """Yield the lines of a text file.
 
-    A last line without a newline is omitted, unless it is a record and the file has not changed lately.
+    A last line without a newline is omitted, unless it is a record and the file has not changed recently.
     """
     with TextIOWrapper(open_text(log), encoding="utf-8-sig", newline="") as file:
         while block := file.read(min(limit, _BLOCK)):
@@ -325,7 +325,8 @@ def _connect(log: Storage) -> sqlite3.Connection:
         database.close()
         raise
     database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, LINE_LIMIT)
-    # The pages of a corrupt database may refer to each other, so that it has more rows than atoms exist.
+    # The pages of a corrupt database may refer to each other, so that it seems to have an astronomical number of
+    # rows.
     blocks = iter(range((SQLITE_STEPS + size * SQLITE_STEPS_PER_BYTE) // _STEPS_AT_ONCE))
     database.set_progress_handler(lambda: next(blocks, None) is None, _STEPS_AT_ONCE)
     return database

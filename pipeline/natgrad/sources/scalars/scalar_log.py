@@ -45,8 +45,8 @@ RUN_KEY = "run_name"
 """Key for the name of the run of a record, in logs that contain several runs."""
 
 RESTART_KEY = "\0restart"
-"""Key of a record in which a writer states that it starts: at a step, before which earlier writers are valid, or at
-an unknown one (None)."""
+"""Key of a record in which a writer marks its start: at a step, before which earlier writers are valid, or at an
+unknown step (None)."""
 
 _STEP = (
     "trainer global step",
@@ -518,13 +518,13 @@ class ScalarLog:
         index = counts_within_epochs(reference, falls, epochs)
         if index is not None:
             raise InputError(
-                f"the step of {key} falls from {reference.steps[index - 1]} to {reference.steps[index]} again and "
-                "again: it counts within each epoch"
+                f"the step of {key} repeatedly falls from {reference.steps[index - 1]} to "
+                f"{reference.steps[index]}: it counts within each epoch"
                 if epochs is None
                 else f"the step of {key} falls from {reference.steps[index - 1]} to {reference.steps[index]} where "
                 "the epoch rises: it counts within each epoch",
                 where=f"{self.location}, record {reference.records[index]}",
-                why="a value can be used only if it is known how many updates of the run came before it",
+                why="a value can be used only if the number of updates before it is known",
                 remedy="log the number of updates since the start of the run, and name its key with --map step=KEY",
             )
         current = table.restarts.current(series, reference)
@@ -537,8 +537,8 @@ class ScalarLog:
                 else f"the log states that the run was restarted, first at step {table.restarts.marks[0][1]}"
             )
             self._notes.append(
-                f"{decreases}, and {(~current).sum()} values that were logged before, from the step of a restart "
-                "on, are omitted"
+                f"{decreases}, and {(~current).sum()} values that were logged before, at and after the step of a "
+                "restart, are omitted"
             )
         return series.where(current)
 
@@ -551,7 +551,7 @@ class ScalarLog:
         groups: Sequence[Series],
         conflict: Conflict | None,
     ) -> str:
-        """Return the note on a quantity whose records differ in labels, which says how to select one of them."""
+        """Return the note on a quantity whose records differ in labels, which states how to select one of them."""
 
         def label_of(record: int) -> str:
             codes = {label: columns[label].of(np.array([record]))[0] for label in labels}
@@ -566,8 +566,8 @@ class ScalarLog:
         shown = " and ".join(f"{value!r} of {key}{label_of(record)}" for record, value in pair)
         at = "at different steps" if conflict is None else f"at step {conflict.steps[0]}"
         return (
-            f"{quantity} is not used: the records of {key} differ in {', '.join(labels)}, and it is not known "
-            f"which of them are meant, for example {shown} {at}; select with --map '{quantity}={key}"
+            f"{quantity} is not used: the records of {key} differ in {', '.join(labels)}, and it is unknown which "
+            f"of them are meant, for example {shown} {at}; select with --map '{quantity}={key}"
             f"{label_of(pair[0][0])}', or with map in a run file"
         )
 
@@ -635,7 +635,7 @@ def _normal(key: str) -> str:
 
 
 def _matches(quantity: str, key: str, mapped_key: str | None) -> bool:
-    """Return True if a key may be that of a quantity."""
+    """Return True if a key may refer to a quantity."""
     if mapped_key is not None:
         return re.fullmatch("[^/]+".join(map(re.escape, mapped_key.split("*"))), key) is not None
     if quantity == "learning_rate" and _LIGHTNING_RATES.fullmatch(key):

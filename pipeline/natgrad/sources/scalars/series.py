@@ -39,7 +39,7 @@ class Series:
 
 @dataclass
 class Restarts:
-    """Restarts of a run: what was logged before a restart at its step or a later one was abandoned.
+    """Restarts of a run. Values that were logged before a restart, at its step or later ones, were abandoned.
 
     Attributes
     ----------

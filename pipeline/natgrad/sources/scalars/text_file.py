@@ -80,7 +80,7 @@ def _pattern(pattern: str) -> Callable[[str], Found | None]:
             "it must contain fields with different names, such as {step} and {loss}, and no other braces"
         )
     if any(not text for text in texts[1:-1]):
-        raise ValueError("there must be a text between two fields")
+        raise ValueError("there must be text between two fields")
     groups = [_NUMBER if field in _NUMBERS else _WORD for field in fields]
     # A field is delimited by itself where it touches a word.
     expression = re.compile(
@@ -239,8 +239,8 @@ def _unstated(log: Storage, wanted: Wanted, notes: list[str]) -> Iterator[Found]
     raise InputError(
         "the form of the lines of a text log must be stated",
         where=str(log),
-        why="a text may contain numbers of several kinds",
-        remedy=f"use --map line={known}, because its lines look like that"
+        why="text may contain numbers of several kinds",
+        remedy=f"use --map line={known}, because its lines look like this form"
         if known
         else example + ", ".join(LINE_FORMS),
     )

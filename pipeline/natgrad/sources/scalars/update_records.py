@@ -41,13 +41,13 @@ def at_states(
 ) -> Iterator[Mapping[str, Any]]:
     """Yield records of updates as records of states.
 
-    Step s of such a record is the number of updates that were made: its loss is that of the states before them,
-    averaged since the record before. It is used if that is one state.
+    Step s of such a record is the number of updates that were made: its loss is the mean over the states since the
+    previous record. It is used if there is only one such state.
 
     Parameters
     ----------
     records : iterable of mapping
-        With the keys ``step``, ``loss`` and ``learning_rate``, and further ones. All steps are integers.
+        With the keys ``step``, ``loss``, ``learning_rate`` and others. All steps are integers.
     notes : list of str
         Receives a note on losses that are omitted.
     step : str
@@ -97,7 +97,7 @@ def read_history(file: Storage) -> dict[int, dict[str, Any]]:
 
 
 def rates_are_late(folder: Storage) -> bool | None:
-    """Return True if the Trainer that saved a checkpoint logged each rate one update late; None if not known."""
+    """Return True if the Trainer that saved a checkpoint logged each rate one update late; None if unknown."""
     try:
         content = read_limited(folder / "config.json", JSON_LIMIT)
         text = parse_json(content, "config.json")["transformers_version"]
