@@ -14,10 +14,10 @@ class Serial(run.Analysis):
         return executors.serial
 
 
-def process(log, out, windows=(1,)):
+def process(log, out, windows=(1,), **options):
     """Ingest and analyze a log, and return its results."""
     run.ingest_run(log, out)
-    run.analyze_run(out, Serial(windows=windows))
+    run.analyze_run(out, Serial(windows=windows, **options))
     return read_results(run.RunFolder.of(out).results)
 
 

@@ -847,6 +847,16 @@ class AnalyzeOptions(WorkerOptions, total=False):
             unordered=True,
         ),
     ]
+    groups: Annotated[
+        Sequence[str],
+        Option(
+            "Groups of tensors in the results: block (the numbered parts of the model), layer (the tensors of a "
+            "module), or a pattern of names, in which * stands for any text.",
+            ["block"],
+            metavar="PATTERN",
+            unordered=True,
+        ),
+    ]
     trust_states: Annotated[
         bool,
         Option(

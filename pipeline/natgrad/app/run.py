@@ -37,10 +37,11 @@ from natgrad.ingestion.read_options import ReadOptions
 from natgrad.results import dataset as results
 from natgrad.results.blocks import BlockTask, BlockWork
 from natgrad.results.building import build
+from natgrad.results.grouping import groups_of
 from natgrad.results.inputs import replicate_products, update_table
 from natgrad.results.sizes import block_bytes, require_memory
 from natgrad.schema.errors import InputError, Unavailable
-from natgrad.schema.layout import IngestLimits, TrajectoryShape
+from natgrad.schema.layout import IngestLimits, Layout, TrajectoryShape
 from natgrad.schema.logs import logger
 from natgrad.schema.names import ATTEMPT, REPLAYED, REPLICATE_LOSS
 from natgrad.schema.version import RESULTS_VERSION, __version__
@@ -82,6 +83,7 @@ class Analysis:
     evaluation: str = _DEFAULTS["evaluation"]
     gammas: Sequence[float] | None = None
     windows: Sequence[int] = tuple(_DEFAULTS["windows"])
+    groups: Sequence[str] = tuple(_DEFAULTS["groups"])
     workers: int | None = None
     scheduler: str | None = None
     cluster: str | None = None
@@ -163,8 +165,14 @@ class Analysis:
         plan = plan_ledger(shape, ledger, memory_limit=self.memory_limit, limits=limits)
         return max(
             plan.projected_bytes,
-            require_memory(shape, self.windows, limits.reserved_bytes, self.memory_limit),
+            require_memory(
+                shape, self.windows, limits.reserved_bytes, self.memory_limit, self.number_of_groups(shape.layout)
+            ),
         )
+
+    def number_of_groups(self, layout: Layout) -> int:
+        """Return the number of groups of tensors (InputError if a pattern matches none)."""
+        return len(groups_of(layout.names, self.groups))
 
     def require_workers(self) -> None:
         """Check that Dask is configured, and that the requested scheduler or cluster can be used.
@@ -304,6 +312,7 @@ def _analyze(
         learning_rate=analysis.learning_rate,
         weight_decay=analysis.weight_decay,
         evaluation=analysis.evaluation,
+        groups=analysis.groups,
         attempt=analysis.attempt,
         with_gram=False,
     )
@@ -319,6 +328,7 @@ def _analyze(
             "evaluation": analysis.evaluation,
             "gamma": None if analysis.gammas is None else list(analysis.gammas),
             "window": list(analysis.windows),
+            "groups": list(analysis.groups),
             "attempt": int(states.scalar(ATTEMPT).max()) if analysis.attempt is None else analysis.attempt,
         },
     }
@@ -344,7 +354,7 @@ def _analyze(
             kind="results",
             out=folder.storage,
             task_bytes=max((gram_bytes * len(task.updates) for task in tasks), default=0),
-            worker_bytes=block_bytes(states.shape, analysis.windows),
+            worker_bytes=block_bytes(states.shape, analysis.windows, analysis.number_of_groups(states.layout)),
             limits=limits,
         )
 
@@ -501,6 +511,7 @@ def _compute_results_again(folder: RunFolder, error: InputError) -> None:
             evaluation=options["evaluation"],
             gammas=options["gamma"],
             windows=options["window"],
+            groups=options["groups"],
             attempt=None if attempt == newest else attempt,
         ),
     )

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from natgrad.reporting.binning import Bins, Reduced, binned, binned_status
 from natgrad.reporting.run_results import EIGENVALUES, RunResults, at, blocks
-from natgrad.schema.names import DESCENT, DESCENTS, GROUP, STEP, TENSOR
+from natgrad.schema.names import DESCENT, DESCENTS, GROUP, GROUP_KIND, STEP, TENSOR
 from natgrad.schema.variables import Status
 
 __all__ = ["Blob", "PageLimits", "Rows", "kinds_of", "run_data", "side_by_side"]
@@ -170,9 +170,9 @@ def kinds_of(run: RunResults) -> list[Rows]:
     found = [Rows("tensor", tensors, run.tensors, TENSOR)]
     if run.groups is not None:
         names = [str(name) for name in run.groups[GROUP].values]
-        kinds = [str(kind) for kind in run.groups["group_kind"].values]
-        for kind in dict.fromkeys(kinds):
-            positions = np.flatnonzero(np.array(kinds) == kind)
+        kinds = [str(kind).split(", ") for kind in run.groups[GROUP_KIND].values]
+        for kind in dict.fromkeys(kind for several in kinds for kind in several):
+            positions = np.flatnonzero([kind in several for several in kinds])
             found.append(Rows(kind, [names[one] for one in positions], run.groups, GROUP, positions))
     return found
 

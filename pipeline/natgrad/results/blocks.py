@@ -30,7 +30,7 @@ from natgrad.results.updates import Defined, Updates, UpdateVariable
 from natgrad.results.variables import VARIABLES, registered_variables
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import chunk_capacity
-from natgrad.schema.names import DESCENT, DESCENTS, RUN, STEP, TENSOR
+from natgrad.schema.names import DESCENT, DESCENTS, RUN, STEP
 from natgrad.storage import Storage
 from natgrad.store import Ledger
 from natgrad.store.journal import Journal
@@ -480,7 +480,7 @@ def _effective(
 
 
 def effective_of(
-    records: Sequence[Mapping[str, Any]], group: str, longest: Mapping[int, int], tensors: int
+    records: Sequence[Mapping[str, Any]], group: str, longest: Mapping[int, int], rows: int
 ) -> dict[str, list[NDArray[np.bool_]]]:
     """Return for each estimate of the gradient, and each run, which lengths of windows are effective.
 
@@ -492,11 +492,11 @@ def effective_of(
         Path of the group.
     longest : mapping of int to int
         See `longest_of`.
-    tensors : int
-        Number of tensors.
+    rows : int
+        Number of tensors, or of groups of tensors; 0 for the model.
     """
     found: dict[str, list[NDArray[np.bool_]]] = {}
-    inner = (tensors,) if group.endswith(TENSOR) else ()
+    inner = (rows,) if rows else ()
     for descent in DESCENTS:
         lengths = [np.ones((longest[run], *inner), bool) for run in sorted(longest)]
         for record in records:

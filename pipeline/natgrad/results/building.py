@@ -41,7 +41,7 @@ from natgrad.results.updates import UpdateVariable
 from natgrad.results.variables import VARIABLES, registered_variables
 from natgrad.schema.errors import InputError
 from natgrad.schema.logs import logger
-from natgrad.schema.names import DESCENT, DESCENTS, GAMMA, STEP, TENSOR, WINDOW
+from natgrad.schema.names import DESCENT, DESCENTS, GAMMA, GROUP, STEP, TENSOR, WINDOW
 from natgrad.storage import Storage
 from natgrad.store import Ledger
 from natgrad.store.checked import recorded_files
@@ -154,7 +154,8 @@ def build(
 
 def _paths(table: UpdateTable) -> list[str]:
     paths = ["", *([WITHOUT_DECAY] if table.weight_decay is not None else [])]
-    return [f"{path}/{name}" for path in paths for name in ("model", "tensor")]
+    groups = ["/group"] if table.groups else []
+    return [f"{path}/{name}" for path in paths for name in ("model", "tensor")] + groups
 
 
 def _models(storage: Storage, paths: Sequence[str], attributes: Mapping[str, Any]) -> xr.DataTree:
@@ -248,7 +249,7 @@ class _Stored:
         """Return a group: the metadata of variables with steps, and all others with their values."""
         name = path.rpartition("/")[2]
         chosen = self.request.chosen(self.variables, self.table, name)
-        leading = (STEP, TENSOR) if name == "tensor" else (STEP,)
+        leading = (STEP,) if name == "model" else (STEP, name)
         labels = xr.Dataset({}, dataset.coordinates(self.table, self.request, leading))
         if self.table.runs:
             labels = dataset.split_by_run(labels, self.table, [])
@@ -274,6 +275,7 @@ class _Stored:
         comments = [record["comments"][path] for record in self.records if path in record["comments"]]
         sizes = {
             TENSOR: len(self.table.layout.tensors),
+            GROUP: len(self.table.groups),
             DESCENT: len(DESCENTS),
             WINDOW: len(self.request.windows),
             GAMMA: len(self.request.gammas),
@@ -291,9 +293,9 @@ class _Stored:
     def _run_values(
         self, path: str, variables: Sequence[UpdateVariable], leading: tuple[str, ...]
     ) -> dict[str, xr.Variable]:
-        tensors = len(self.table.layout.tensors)
-        effective = effective_of(self.records, path, self.longest, tensors)
-        table, aggregations = self.table, dict.fromkeys(DESCENTS, Aggregation.without_updates(leading, tensors))
+        rows = {TENSOR: len(self.table.layout.tensors), GROUP: len(self.table.groups)}.get(leading[-1], 0)
+        effective = effective_of(self.records, path, self.longest, rows)
+        table, aggregations = self.table, dict.fromkeys(DESCENTS, Aggregation.without_updates(leading, rows))
         if any(STEP not in variable.dimensions and variable.name not in VARIABLES for variable in variables):
             # A variable of another package may need the pairs of all updates.
             table = self.table.part(slice(None), Ledger(self.ledger).read_updates(self.updates))

@@ -1,8 +1,9 @@
 """Compute labelled results as xarray datasets, and read them from ``results.zarr``.
 
-`label` computes all results of a table in memory, as a DataTree with the groups ``/model`` (tensors summed) and
-``/tensor``. If decoupled weight decay is known, ``/without_decay`` has the same groups, for the updates without
-decay. Each variable of `natgrad.results.variables` declares how it is computed and where it is defined.
+`label` computes all results of a table in memory, as a DataTree with the groups ``/model`` (tensors summed),
+``/tensor``, and ``/group`` if the table has groups of tensors. If decoupled weight decay is known,
+``/without_decay`` has the groups ``model`` and ``tensor`` for the updates without decay. Each variable of
+`natgrad.results.variables` declares how it is computed and where it is defined.
 
 `natgrad.results.building` computes and stores the results of a run of any length, block by block, with the
 functions of this module.
@@ -26,7 +27,7 @@ from natgrad.results.variables import VARIABLES, Updates, UpdateVariable, regist
 from natgrad.schema.errors import InputError
 from natgrad.schema.extensions import Extension
 from natgrad.schema.layout import LAYOUT_VERSION
-from natgrad.schema.names import ATTEMPT, DESCENT, DESCENTS, GAMMA, RUN, STEP, TENSOR, WINDOW
+from natgrad.schema.names import ATTEMPT, DESCENT, DESCENTS, GAMMA, GROUP, GROUP_KIND, RUN, STEP, TENSOR, WINDOW
 from natgrad.schema.variables import DIMENSIONS, Status, Variable
 from natgrad.schema.version import RESULTS_VERSION, __version__
 from natgrad.storage import Storage
@@ -197,10 +198,11 @@ def versions() -> dict[str, str]:
 def aggregated(table: UpdateTable) -> Iterator[tuple[str, dict[str, Aggregation]]]:
     """Yield each estimate of the gradient, with its pairs by the path of the group."""
     for descent in DESCENTS:
-        both = model_and_tensors(table, descent)
-        groups = dict(zip(("/model", "/tensor"), both, strict=True))
+        every = model_and_tensors(table, descent)
+        paths = ("/model", "/tensor", "/group")[: len(every)]
+        groups = dict(zip(paths, every, strict=True))
         if table.weight_decay is not None:
-            rest = without_decay(table, descent, both)
+            rest = without_decay(table, descent, every)
             groups |= dict(zip((f"{WITHOUT_DECAY}/model", f"{WITHOUT_DECAY}/tensor"), rest, strict=True))
         yield descent, groups
 
@@ -245,6 +247,9 @@ def coordinates(table: UpdateTable, request: Request, leading: Sequence[str]) ->
     }
     if TENSOR in leading:
         found[TENSOR] = np.array(table.layout.names, dtype=str)
+    if GROUP in leading:
+        found[GROUP] = np.array([group.name for group in table.groups], dtype=str)
+        found[GROUP_KIND] = (GROUP, np.array([group.kind for group in table.groups], dtype=str))
     attempts = np.zeros(len(table.steps), np.int64) if table.attempts is None else table.attempts
     found[ATTEMPT] = (STEP, attempts)
     return found
@@ -321,6 +326,8 @@ def _empty(variable: UpdateVariable, values: NDArray[Any], updates: Updates, win
     sizes[STEP] = len(updates.table.steps)
     dimensions = tuple(axis for axis in variable.dimensions if axis in (*axes, DESCENT, WINDOW))
     shape = [sizes[axis] for axis in dimensions if axis != DESCENT]
+    if updates.aggregation_name == GROUP:
+        dimensions = tuple(GROUP if axis == TENSOR else axis for axis in dimensions)
     comment = variable.comment(updates) if variable.comment is not None else ""
     return Column(dimensions, np.empty(shape, values.dtype), comment)
 
@@ -363,7 +370,8 @@ def run_values(
     leading = next(iter(aggregations.values())).dimensions
     labelled = {}
     for variable in variables:
-        dimensions = tuple(axis for axis in variable.dimensions if axis in (*leading, DESCENT))
+        own = [GROUP if axis == TENSOR and GROUP in leading else axis for axis in variable.dimensions]
+        dimensions = tuple(axis for axis in own if axis in (*leading, DESCENT))
         values = found[variable.name]
         if table.runs:
             labelled[variable.name] = xr.Variable((RUN, *dimensions), np.stack(values))

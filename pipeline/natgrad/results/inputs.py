@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from natgrad.results.grouping import BLOCK, TensorGroup, groups_of
 from natgrad.results.recovery import Recovery
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import Layout
@@ -98,6 +99,8 @@ class UpdateTable:
         Origin of the gradients; see `natgrad.store.Trajectory.gradient_source`.
     recovery : Recovery, optional
         Properties of the gradients, if they were recovered from states of the optimizer.
+    groups : tuple of TensorGroup
+        Groups of tensors for which there are results.
     gradient_logged : bool array, shape (updates, 2), optional
         False if the state before, or after, the update has no gradient. Default: all have one.
     with_time : bool array, shape (updates,), optional
@@ -134,6 +137,7 @@ class UpdateTable:
     weight_decay: Array | None = None
     evaluation: str = "unknown"
     origin: str = "logged"
+    groups: tuple[TensorGroup, ...] = ()
     recovery: Recovery | None = None
     gradient_logged: NDArray[np.bool_] | None = None
     with_time: NDArray[np.bool_] | None = None
@@ -240,6 +244,7 @@ def update_table(
     learning_rate: float | None = None,
     weight_decay: Mapping[str, float] | None = None,
     evaluation: str = "unknown",
+    groups: Sequence[str] = (BLOCK,),
     attempt: int | None = None,
     with_gram: bool = True,
 ) -> tuple[NDArray[np.int64], UpdateTable]:
@@ -257,6 +262,8 @@ def update_table(
     evaluation : str
         What the loss and the gradient of a step are evaluated on, as far as the user declared it. Default: as the
         log declares it.
+    groups : sequence of str
+        Groups of tensors, see `natgrad.results.grouping.groups_of`.
     attempt : int, optional
         Select the run as it was at this attempt. Default: the newest attempt.
     with_gram : bool
@@ -272,7 +279,7 @@ def update_table(
     ------
     InputError
         If there is no such attempt, no two selected states follow each other, or a pattern of ``weight_decay``
-        matches no tensor.
+        or ``groups`` matches no tensor.
     """
     steps, spans = ledger.steps()
     attempts = states.scalar(ATTEMPT)
@@ -309,6 +316,7 @@ def update_table(
         gram=ledger.read_updates(updates) if with_gram else np.empty((len(updates), 0, 0, 0)),
         vectors=ledger.vectors,
         layout=ledger.layout,
+        groups=groups_of(ledger.layout.names, groups),
         steps=steps[updates],
         spans=spans[updates],
         loss=loss[updates],

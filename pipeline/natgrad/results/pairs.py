@@ -9,15 +9,16 @@ of the update, whose displacement is d + eta lambda theta_t. Its inner products 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import astuple, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from natgrad.results.inputs import UpdateTable
 from natgrad.schema.layout import Layout, underflow_error, unit_roundoff
-from natgrad.schema.names import HVP, STEP, TENSOR
+from natgrad.schema.names import GROUP, HVP, STEP, TENSOR
 from natgrad.theory import discrete_time, geometry
 from natgrad.theory.geometry import Pair
 from natgrad.theory.windows import WindowTerms
@@ -64,7 +65,7 @@ class Aggregation:
     Attributes
     ----------
     dimensions : tuple of str
-        Dimensions of the arrays: (step,) for the model, (step, tensor) for tensors.
+        Dimensions of the arrays: (step,) for the model, (step, tensor) for tensors, (step, group) for groups.
     rate : array
         eta times the number of updates between the two logged states, or 1 if eta is not known.
     rate_known : bool array
@@ -95,8 +96,8 @@ class Aggregation:
 
     @classmethod
     def without_updates(cls, dimensions: tuple[str, ...], tensors: int) -> Aggregation:
-        """Return the pairs of no update."""
-        none = np.empty((0, tensors) if TENSOR in dimensions else 0)
+        """Return the pairs of no update, for a number of tensors or groups."""
+        none = np.empty((0, tensors) if len(dimensions) > 1 else 0)
         size, flag = none.astype(np.int64), none.astype(bool)
         pair = Pair(none, none, none, size)
         return cls(dimensions, none, flag, pair, flag, flag, none, none, none, none, none)
@@ -112,8 +113,8 @@ class Aggregation:
         )
 
 
-def model_and_tensors(table: UpdateTable, descent: str) -> tuple[Aggregation, Aggregation]:
-    """Compute the pairs of the model and of its tensors for one estimate of the negative gradient.
+def model_and_tensors(table: UpdateTable, descent: str) -> tuple[Aggregation, ...]:
+    """Compute the pairs of the model, its tensors and its groups for one estimate of the negative gradient.
 
     Parameters
     ----------
@@ -125,13 +126,15 @@ def model_and_tensors(table: UpdateTable, descent: str) -> tuple[Aggregation, Ag
     -------
     model, tensors : Aggregation
         Arrays have the shapes (updates,) and (updates, tensors).
+    groups : Aggregation
+        Shape (updates, groups). Omitted if the table has no groups.
     """
     estimate = _ESTIMATES[descent]
-    model, tensors = _uncorrected(table, estimate)
-    return _both_corrected(table, model, tensors) if estimate.corrected else (model, tensors)
+    model, *parts = _uncorrected(table, estimate)
+    return _all_corrected(table, model, parts) if estimate.corrected else (model, *parts)
 
 
-def _uncorrected(table: UpdateTable, estimate: GradientEstimate) -> tuple[Aggregation, Aggregation]:
+def _uncorrected(table: UpdateTable, estimate: GradientEstimate) -> tuple[Aggregation, ...]:
     """Compute the pairs before the correction along the displacement."""
     layout, half = table.layout, estimate.half
     gram, vectors, logged = _products(table, half)
@@ -151,8 +154,7 @@ def _uncorrected(table: UpdateTable, estimate: GradientEstimate) -> tuple[Aggreg
     known_rate, known_own_rate = ~np.isnan(rate), ~np.isnan(own_rate)
     rate, own_rate = np.where(known_rate, rate, 1.0), np.where(known_own_rate, own_rate, 1.0)
     sizes, roundoff, underflow = _rounding(layout)
-    of_tensors = geometry.pair(gram, vectors, rate, sizes, half=half)
-    of_model = geometry.direct_sum([of_tensors[:, tensor] for tensor in range(len(layout.tensors))])
+    of_parts = of_tensors = geometry.pair(gram, vectors, rate, sizes, half=half)
     if own is not None:
         of_tensors = geometry.pair(gram, vectors, own_rate, sizes, half=half)
     displacement_floor = geometry.displacement_floor(norm("parameter"), norm("displacement"), roundoff, underflow)
@@ -188,20 +190,32 @@ def _uncorrected(table: UpdateTable, estimate: GradientEstimate) -> tuple[Aggreg
         norm("parameter"),
         norm("displacement"),
     )
-    model = Aggregation(
-        (STEP,),
-        rate[:, 0],
-        known_rate[:, 0],
-        of_model,
-        np.asarray(finite.all(axis=1)),
-        np.asarray(known.all(axis=1)),
-        _norm(displacement_floor / rate, axis=1),
-        _norm(gradient_floor, axis=1),
-        _norm(norm("gradient"), axis=1) if half is None else None,
-        _norm(norm("parameter"), axis=1),
-        _norm(norm("displacement"), axis=1),
-    )
-    return _with_time(model, table.extended(), table.loss_time_derivative, estimate), tensors
+
+    def total(members: Sequence[int]) -> Aggregation:
+        """Sum over some tensors. They share the learning rate of the model."""
+        columns = slice(None) if len(members) == len(sizes) else list(members)
+
+        def chosen(values: Array) -> Array:
+            # The order of a sum follows from the order in memory.
+            return np.ascontiguousarray(values[:, columns])
+
+        return Aggregation(
+            (STEP,),
+            rate[:, 0],
+            known_rate[:, 0],
+            geometry.direct_sum([of_parts[:, tensor] for tensor in members]),
+            np.asarray(finite[:, columns].all(axis=1)),
+            np.asarray(known[:, columns].all(axis=1)),
+            _norm(chosen(displacement_floor / rate), axis=1),
+            _norm(chosen(gradient_floor), axis=1),
+            _norm(chosen(norm("gradient")), axis=1) if half is None else None,
+            _norm(chosen(norm("parameter")), axis=1),
+            _norm(chosen(norm("displacement")), axis=1),
+        )
+
+    model = _with_time(total(range(len(sizes))), table.extended(), table.loss_time_derivative, estimate)
+    groups = [_stacked([total(group.tensors) for group in table.groups])] if table.groups else []
+    return model, tensors, *groups
 
 
 def _products(table: UpdateTable, half: str | None) -> tuple[Array, tuple[str, ...], bool]:
@@ -213,23 +227,36 @@ def _products(table: UpdateTable, half: str | None) -> tuple[Array, tuple[str, .
     return padded, (*table.vectors, half), False
 
 
-def _both_corrected(
-    table: UpdateTable, model: Aggregation, tensors: Aggregation
-) -> tuple[Aggregation, Aggregation]:
+def _stacked(parts: Sequence[Aggregation]) -> Aggregation:
+    """Return groups as one aggregation, from the sum over the tensors of each."""
+
+    def stacked(name: str) -> Array:
+        return np.stack([getattr(part, name) for part in parts], axis=1)
+
+    columns: dict[str, Any] = {
+        field.name: stacked(field.name) for field in fields(Aggregation) if field.name not in _NOT_ARRAYS
+    }
+    pair = Pair(*(np.stack(column, axis=1) for column in zip(*(astuple(part.pair) for part in parts), strict=True)))
+    norm = None if parts[0].gradient_norm is None else stacked("gradient_norm")
+    return Aggregation(dimensions=(STEP, GROUP), pair=pair, gradient_norm=norm, **columns)
+
+
+_NOT_ARRAYS = ("dimensions", "pair", "gradient_norm")
+
+
+def _all_corrected(table: UpdateTable, model: Aggregation, parts: Sequence[Aggregation]) -> tuple[Aggregation, ...]:
+    """Correct the pairs of the model, and of its tensors and groups."""
     change = (table.comparable_next_loss - table.loss)[:, None]
-    # A tensor's share of the loss change is computed from the model's pair.
-    tensors = replace(
-        tensors, known=tensors.known & model.known[:, None], finite=tensors.finite & model.finite[:, None]
-    )
-    # The g of the model divided by the learning rate of the tensor, as the g of the tensor is.
     rate = model.rate[:, None]
-    factor = np.where(tensors.rate == rate, 1.0, rate / tensors.rate)
-    return (
-        _corrected(model, change[:, 0], model.pair, model.update_floor),
-        _corrected(
-            tensors, change, geometry.scaled(model.pair[:, None], factor), model.update_floor[:, None] * factor
-        ),
-    )
+    found = [_corrected(model, change[:, 0], model.pair, model.update_floor)]
+    for part in parts:
+        # A tensor's share of the loss change is computed from the model's pair.
+        known = replace(part, known=part.known & model.known[:, None], finite=part.finite & model.finite[:, None])
+        # The g of the model divided by the learning rate of the tensor, as the g of the tensor is.
+        factor = np.where(part.rate == rate, 1.0, rate / part.rate)
+        of_model = geometry.scaled(model.pair[:, None], factor)
+        found.append(_corrected(known, change, of_model, model.update_floor[:, None] * factor))
+    return tuple(found)
 
 
 def _corrected(aggregation: Aggregation, change: Array, model: Pair, model_floor: Array) -> Aggregation:
@@ -269,7 +296,7 @@ def _with_time(
 
 
 def without_decay(
-    table: UpdateTable, descent: str, with_decay: tuple[Aggregation, Aggregation]
+    table: UpdateTable, descent: str, with_decay: Sequence[Aggregation]
 ) -> tuple[Aggregation, Aggregation]:
     """Compute the pairs of the updates without decoupled weight decay, d + eta lambda theta_t.
 
@@ -283,8 +310,8 @@ def without_decay(
         two logged states, the decay is not known, and neither are the pairs.
     descent : str
         Estimate of the negative gradient.
-    with_decay : tuple of Aggregation
-        Model and tensors with decay, from `model_and_tensors`.
+    with_decay : sequence of Aggregation
+        Model and tensors with decay, from `model_and_tensors`. Groups are ignored.
 
     Returns
     -------
@@ -299,12 +326,12 @@ def without_decay(
     completely. The rest of that tensor is then unverifiable, and at most ``2 sqrt(e) s``.
     """
     estimate = _ESTIMATES[descent]
-    model, tensors = with_decay
+    model, tensors, *_ = with_decay
     gram, vectors, _ = _products(table, estimate.half)
     index = {name: position for position, name in enumerate(vectors)}
     correction = np.zeros(len(gram))
     if estimate.corrected:
-        before, _ = _uncorrected(table, estimate)
+        before, *_ = _uncorrected(replace(table, groups=()), estimate)
         # The multiple of the displacement that the correction adds to the gradient.
         correction = (
             -discrete_time.correction(before.rate, table.comparable_next_loss - table.loss, before.pair)

@@ -25,7 +25,7 @@ def most_updates(tensors: int) -> int:
     return min(max(_ELEMENTS // max(tensors, 1), 1), _MOST_UPDATES)
 
 
-def block_bytes(shape: TrajectoryShape, windows: Sequence[int]) -> int:
+def block_bytes(shape: TrajectoryShape, windows: Sequence[int], groups: int = 0) -> int:
     """Return the memory that a worker takes to compute blocks, in addition to that of an idle process.
 
     Parameters
@@ -33,23 +33,26 @@ def block_bytes(shape: TrajectoryShape, windows: Sequence[int]) -> int:
     shape : TrajectoryShape
     windows : sequence of int
         Requested windows.
+    groups : int
+        Number of groups of tensors.
 
     Notes
     -----
-    Per update of a block and of its requested windows, and per tensor: the Gram matrix twice (as read, and with a
-    vector that was not logged), and about 80 numbers for the pairs of two estimates and for their variables. Per
-    update whose windows are not complete yet, in the search for the smallest one: five numbers, two for each
-    estimate,
-    and seven for the search. A model counts as eight tensors.
+    Per update of a block and of its requested windows, and per tensor or group: the Gram matrix twice (as read,
+    and with a vector that was not logged), and about 80 numbers for the pairs of two estimates and for their
+    variables. Per update whose windows are not complete yet, in the search for the smallest one: five numbers, two
+    for each estimate, and seven for the search. A model counts as eight tensors.
     """
     states, tensors, longest = max(shape.states - 1, 1), len(shape.layout.tensors), max(windows, default=1)
     updates = min(most_updates(tensors), states)
     waiting = 2 * updates + longest_tried(states, longest) - 1
     entries = 2 * (len(shape.vectors) + 1) ** 2 + 80
-    return 8 * (tensors + 8) * ((updates + longest - 1) * entries + waiting * (12 + 2 * len(DESCENTS)))
+    return 8 * (tensors + groups + 8) * ((updates + longest - 1) * entries + waiting * (12 + 2 * len(DESCENTS)))
 
 
-def require_memory(shape: TrajectoryShape, windows: Sequence[int], reserved: int, memory_limit: int | None) -> int:
+def require_memory(
+    shape: TrajectoryShape, windows: Sequence[int], reserved: int, memory_limit: int | None, groups: int = 0
+) -> int:
     """Return the projected peak memory of a worker that computes results.
 
     Parameters
@@ -60,13 +63,15 @@ def require_memory(shape: TrajectoryShape, windows: Sequence[int], reserved: int
         Memory of an idle worker process.
     memory_limit : int or None
         Bytes that a worker process may use.
+    groups : int
+        Number of groups of tensors.
 
     Raises
     ------
     InputError
         If the projected memory exceeds the limit; the message contains a limit that suffices.
     """
-    projected = reserved + block_bytes(shape, windows)
+    projected = reserved + block_bytes(shape, windows, groups)
     if memory_limit is not None and projected > memory_limit:
         least = math.ceil(projected / MEBIBYTE)
         longest = max(windows, default=1)

@@ -20,7 +20,7 @@ from natgrad.results.inputs import UpdateTable
 from natgrad.results.pairs import Aggregation
 from natgrad.results.rounding import round_bits
 from natgrad.schema.errors import InputError
-from natgrad.schema.names import DESCENT, DESCENTS, GAMMA, STEP, TENSOR, VECTORS, WINDOW
+from natgrad.schema.names import DESCENT, DESCENTS, GAMMA, GROUP, STEP, TENSOR, VECTORS, WINDOW
 from natgrad.schema.variables import Status, Variable
 from natgrad.theory import discrete_time, geometry, windows
 from natgrad.theory.geometry import Pair
@@ -35,7 +35,7 @@ __all__ = [
 
 Array = NDArray[np.float64]
 
-MODEL_AND_TENSORS = ("model", "tensor")
+EVERY_AGGREGATION = ("model", "tensor", "group")
 _AXES = (STEP, TENSOR, DESCENT, WINDOW, GAMMA)
 
 
@@ -46,8 +46,8 @@ class Updates:
     """The updates of a run in windows of m, for one aggregation and one estimate of the gradient.
 
     This is the argument of the functions that compute variables. Properties are computed once and shared by all
-    variables. Arrays have the shape (updates,) for the model and (updates, tensors) for tensors. Arrays for windows
-    have m - 1 fewer updates.
+    variables. Arrays have the shape (updates,) for the model, (updates, tensors) for tensors and (updates, groups)
+    for groups. Arrays for windows have m - 1 fewer updates.
 
     Attributes
     ----------
@@ -56,7 +56,7 @@ class Updates:
     aggregation : Aggregation
         Pairs of single updates, and the largest errors by rounding.
     aggregation_name : str
-        ``model`` or ``tensor``.
+        ``model``, ``tensor`` or ``group``.
     descent : str
         Estimate of the negative gradient, one of `natgrad.schema.names.DESCENTS`.
     m : int
@@ -85,7 +85,7 @@ class Updates:
         effective_lengths: NDArray[np.bool_] | None = None,
     ) -> None:
         self.table, self.aggregation, self.descent, self.m = table, aggregation, descent, m
-        self.aggregation_name = "tensor" if TENSOR in aggregation.dimensions else "model"
+        self.aggregation_name = aggregation.dimensions[1] if len(aggregation.dimensions) > 1 else "model"
         self.gammas, self.longest, self.run = np.asarray(gammas, np.float64), longest, run
         self._of_gradient = of_gradient
         self._effective_lengths = effective_lengths
@@ -251,7 +251,7 @@ class UpdateVariable(Variable):
         Vectors of the ledger and columns of `natgrad.results.inputs.UpdateTable` that the variable requires. If any
         is missing, the results do not contain the variable.
     aggregations : tuple of str
-        Groups that have the variable: ``model``, ``tensor`` or both.
+        Groups of the results that have the variable: some of ``model``, ``tensor`` and ``group``.
     descents : tuple of str
         Estimates of the negative gradient for which it is defined.
     defined : Defined
@@ -268,7 +268,7 @@ class UpdateVariable(Variable):
 
     compute: Callable[[Updates], Any]
     needs: tuple[str, ...] = ()
-    aggregations: tuple[str, ...] = MODEL_AND_TENSORS
+    aggregations: tuple[str, ...] = EVERY_AGGREGATION
     descents: tuple[str, ...] = DESCENTS
     defined: Defined = Defined.ALWAYS
     needs_rate: bool = False
@@ -346,7 +346,9 @@ class UpdateVariable(Variable):
     def _require_shape(self, values: NDArray[Any], updates: Updates) -> None:
         sizes = {
             STEP: len(updates.table.steps) - updates.m + 1,
-            TENSOR: len(updates.table.layout.tensors),
+            TENSOR: len(
+                updates.table.groups if updates.aggregation_name == GROUP else updates.table.layout.tensors
+            ),
             GAMMA: len(updates.gammas),
         }
         axes = [axis for axis in sizes if axis in self.dimensions]

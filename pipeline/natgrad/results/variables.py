@@ -55,7 +55,7 @@ def registered_variables() -> list[Extension[UpdateVariable]]:
 
 def _learning_rate(updates: Updates) -> Array:
     own = updates.table.tensor_learning_rate
-    return updates.table.learning_rate if own is None or updates.aggregation_name == "model" else own
+    return updates.table.learning_rate if own is None or updates.aggregation_name != "tensor" else own
 
 
 def _learning_rate_comment(updates: Updates) -> str:
@@ -297,6 +297,7 @@ VARIABLES: dict[str, UpdateVariable] = {
             name="gradient_error_bound",
             compute=_gradient_error_bound,
             needs=("recovery",),
+            aggregations=("model", "tensor"),
             dimensions=_SINGLE,
             units="1",
             equation="|dy| / |y|",
@@ -309,6 +310,7 @@ VARIABLES: dict[str, UpdateVariable] = {
             name="gradient_check_residual",
             compute=_gradient_check_residual,
             needs=("recovery",),
+            aggregations=("model", "tensor"),
             dimensions=_SINGLE,
             units="1",
             equation="|d' - d| / |d|, with the displacement d' that the update rule makes of the gradient",
@@ -409,6 +411,7 @@ VARIABLES: dict[str, UpdateVariable] = {
             name="preconditioner_condition_number",
             compute=_preconditioner_condition_number,
             needs=("optimizer",),
+            aggregations=("model", "tensor"),
             dimensions=_SINGLE,
             units="1",
             equation="kappa(diag(sqrt(v) + epsilon)) for Adam, kappa of the Kronecker factors for Shampoo, PSGD "

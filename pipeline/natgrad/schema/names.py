@@ -12,6 +12,7 @@ __all__ = [
     "GAMMA",
     "GRADIENTS",
     "GROUP",
+    "GROUP_KIND",
     "HESSIAN_NUMBERS",
     "HVP",
     "HYPERPARAMETERS",
@@ -53,6 +54,9 @@ __all__ = [
 
 
 STEP, ELEMENT, TENSOR, GROUP = "step", "element", "tensor", "group"
+
+GROUP_KIND = "group_kind"
+"""Coordinate of groups of tensors: block, layer or pattern."""
 
 ATTEMPT, RUN = "attempt", "run"
 
