@@ -307,7 +307,7 @@ class DeclaredOption:
         if self.option.unset or self.option.default is None:
             return self.option.unset or "none"
         if isinstance(self.option.default, list):
-            return " ".join(f"{item:g}" for item in self.option.default)
+            return " ".join(item if isinstance(item, str) else f"{item:g}" for item in self.option.default)
         return str(self.option.default)
 
     def json_schema(self) -> dict[str, Any]:
