@@ -113,7 +113,7 @@ def _layer(name: str) -> str:
 
 
 def _block(name: str) -> str:
-    """Return the name up to its first number as a part of its own, or up to its first part that ends in one."""
+    """Return the name up to its first part that is a number, or otherwise up to the first that ends in one."""
     parts = list(_SEPARATORS.finditer(name))
     ends = [match.start() for match in parts]
     starts = [0, *(match.end() for match in parts)]

@@ -1,12 +1,10 @@
 """Declare the result variables of updates, each with its metadata and the function that computes it.
 
 An entry (`UpdateVariable`) declares the inputs of a variable, the updates at which it is defined, and its
-description. `natgrad.results.dataset` computes, masks, stacks and labels all entries in the same way, so a new
-variable requires only a new entry.
+description. `natgrad.results.dataset` computes, masks, stacks and labels all entries in the same way.
 
-Another package adds variables through the entry-point group ``natgrad.variables``. Each entry point refers to an
-`UpdateVariable`. While the package is installed, the ``results.zarr`` of every analyzed run contains the
-variables::
+Another package adds variables through the entry-point group ``natgrad.variables``, whose entry points refer to an
+`UpdateVariable`. While it is installed, the ``results.zarr`` of every analyzed run contains the variables::
 
     [project.entry-points."natgrad.variables"]
     relative_update = "my_package:relative_update"

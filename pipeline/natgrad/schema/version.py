@@ -24,7 +24,7 @@ from pathlib import Path
 
 __all__ = ["FALLBACK_VERSION", "RESULTS_VERSION", "__version__", "git_version", "installed_version"]
 
-RESULTS_VERSION = 10
+RESULTS_VERSION = 9
 """Version of the numbers in ``results.zarr``. A scan processes a run again if its results have another version.
 
 Increment it in every commit that changes the results for the same log and options: a changed formula or default, a
