@@ -113,7 +113,7 @@ def _inline(name: str, value: Any) -> str:
         unit = " rad" if name.startswith("angle") else ""
         return "min {:.6g}, median {:.6g}, max {:.6g}".format(*value) + unit
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {item}" for key, item in value.items())
+        return ", ".join(f"{key} {_inline(key, item)}" for key, item in value.items())
     if isinstance(value, list | tuple):
         return "; ".join(map(str, value)) or "none"
-    return str(value)
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
