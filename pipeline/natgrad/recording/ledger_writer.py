@@ -20,9 +20,19 @@ SYNC_SECONDS = 5.0
 """Time after which records are flushed to the disk. A process that is killed loses none of them, because they are
 passed to the operating system immediately; a computer that fails loses at most those of this time."""
 
+_CONTINUE = "continue the run with first_step=N, the number of updates before"
 
-def require_folder(folder: Path, *, resume: bool) -> None:
+
+def require_folder(folder: Path, *, resume: bool, remedy: str = _CONTINUE) -> None:
     """Create the folder of a log, or check that it can contain one.
+
+    Parameters
+    ----------
+    folder : Path
+    resume : bool
+        The folder may contain a log.
+    remedy : str
+        How to continue the run in the folder, for the error.
 
     Raises
     ------
@@ -41,7 +51,7 @@ def require_folder(folder: Path, *, resume: bool) -> None:
             "the folder already contains ledgers (ledger_*.log)",
             where=str(folder),
             why="two runs in one folder would be read as one run",
-            remedy="use an empty folder, or continue the run with first_step=N, the number of updates before",
+            remedy=f"use an empty folder, or {remedy}",
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,12 @@
-"""Record a training run in the native format, from a training loop that has its tensors at hand."""
+"""Record a training run from a loop that has its tensors at hand: states, or the ledgers of its updates."""
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import safetensors
@@ -13,11 +14,13 @@ import safetensors.numpy
 from numpy.typing import ArrayLike, NDArray
 
 from natgrad.recording.arrays import host_array, numbers_of
+from natgrad.recording.ledger_writer import require_folder, require_no_ledgers
+from natgrad.recording.pairs_of_states import LedgersOfStates, StateBefore
 from natgrad.schema.arguments import number, real_array, shown
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import STORAGE_DTYPES
 from natgrad.schema.logs import logger
-from natgrad.schema.names import REPLICATE_HVP, REPLICATE_LOSS, REPLICATE_PARAMETER, SCALARS
+from natgrad.schema.names import EVALUATIONS, REPLICATE_HVP, REPLICATE_LOSS, REPLICATE_PARAMETER, SCALARS
 
 __all__ = ["CONTAINERS", "Recorder"]
 
@@ -45,6 +48,8 @@ _WRITERS: dict[str, tuple[Callable[[Path, Arrays, Mapping[str, str]], None], fro
     "safetensors": (_write_safetensors, frozenset()),
     "npz": (_write_npz, frozenset({"bfloat16"})),
 }
+
+MODES = ("full", "ledger")
 
 CONTAINERS = tuple(_WRITERS)
 """File formats of a step, which are the suffixes of ``step_<N>.<container>``."""
@@ -82,7 +87,7 @@ def _numbers(path: Path, what: str, value: Any) -> NDArray[np.float64]:
 
 
 class Recorder:
-    """Write one run into a folder, with one file ``step_<N>.<container>`` per step.
+    """Write one run into a folder, with one file ``step_<N>.<container>`` per step, or the ledgers of its updates.
 
     A step is written to a temporary file, which is then renamed. A reader sees either the complete file or no file.
 
@@ -94,12 +99,18 @@ class Recorder:
         File format of a step.
     resume : bool
         Resume the run in the folder. Steps that are recorded again are replaced.
+    mode : {"full", "ledger"}
+        Record complete states, or only the inner products of each update, which take 88 bytes per tensor. The
+        latter are computed when the next step is recorded, so that each step must be recorded, and `close` flushes
+        the log.
+    evaluation : {"batch", "fixed", "unknown"}
+        What loss and gradient are evaluated on, in a log of ledgers.
 
     Raises
     ------
     InputError
-        If the container is unknown, or if the folder contains steps and ``resume`` is False or the container
-        differs from that of the existing steps.
+        If an option is not valid, or if the folder contains steps and ``resume`` is False, or the container or the
+        mode differs from that of the existing steps.
 
     Examples
     --------
@@ -120,7 +131,15 @@ class Recorder:
     'step_2.safetensors'
     """
 
-    def __init__(self, folder: str | Path, container: str = "safetensors", *, resume: bool = False) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        container: str = "safetensors",
+        *,
+        resume: bool = False,
+        mode: str = "full",
+        evaluation: str = "unknown",
+    ) -> None:
         path = os.fspath(folder) if isinstance(folder, str | os.PathLike) else None
         if not isinstance(path, str) or not path or "\0" in path:
             raise InputError(f"the folder must be a path, got {shown(folder)}", remedy="pass the folder of the run")
@@ -130,9 +149,27 @@ class Recorder:
             )
         if not isinstance(resume, bool):
             raise InputError(f"resume must be True or False, got {shown(resume)}", remedy="pass resume=True")
+        for name, value, known in (("mode", mode, MODES), ("evaluation", evaluation, EVALUATIONS)):
+            if value not in known:
+                raise InputError(
+                    f"{name} must be one of {', '.join(map(repr, known))}, got {shown(value)}",
+                    remedy="correct the argument",
+                )
+        if mode == "full" and evaluation != "unknown":
+            raise InputError(
+                "evaluation applies only to a log of ledgers",
+                where="argument evaluation",
+                remedy='omit it, and process the log with --evaluation, or pass mode="ledger"',
+            )
         self.folder, self.container = Path(folder), container
+        self._ledgers: LedgersOfStates | None = None
         self._names: frozenset[str] = frozenset()
         self._end: int | None = None
+        if mode == "ledger":
+            require_folder(self.folder, resume=resume, remedy="resume the run with resume=True")
+            self._ledgers = LedgersOfStates(self.folder, evaluation)
+            return
+        require_no_ledgers(self.folder)
         present = {path.suffix.removeprefix(".") for path in self.folder.glob("step_*")} & set(CONTAINERS)
         if present - {container} or (present and not resume):
             raise InputError(
@@ -151,7 +188,19 @@ class Recorder:
             ) from error
 
     def __repr__(self) -> str:
-        return f"Recorder({str(self.folder)!r}, {self.container!r})"
+        kind = f"{self.container!r}" if self._ledgers is None else 'mode="ledger"'
+        return f"Recorder({str(self.folder)!r}, {kind})"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Flush a log of ledgers to the disk. States are complete when `record` returns."""
+        if self._ledgers is not None:
+            self._ledgers.close()
 
     def record(
         self,
@@ -197,17 +246,19 @@ class Recorder:
             Other scalars in `natgrad.schema.names.SCALARS`: ``loss_time_derivative``, dL/dt of a loss that changes
             with time (section 2.1), and ``hessian_min_eigenvalue``, eq. (18).
 
+        A log of ledgers contains no hvp, no replicates and no other scalars.
+
         Returns
         -------
         Path
-            File of the step.
+            File of the step, or the folder of a log of ledgers.
 
         Raises
         ------
         InputError
             If the step is negative or follows a state without a gradient, there are no tensors, names, shapes or
-            numbers of replicates differ, the tensors are not those of the step before, a dtype cannot be stored, or
-            a scalar is unknown.
+            numbers of replicates differ, the tensors are not those of the step before, a dtype cannot be stored, a
+            scalar is unknown, or a log of ledgers cannot contain a value or lacks the step before.
         """
         try:
             step = number(step, int, minimum=0)
@@ -253,9 +304,37 @@ class Recorder:
                 raise InputError(f"unknown scalar {name!r}", where=str(path), remedy=f"choose from {known}")
             if value is not None:
                 arrays[name] = self._scalar(path, name, value)
-        self._write(path, arrays, texts)
+        if self._ledgers is None:
+            self._write(path, arrays, texts)
+        else:
+            path = self._write_ledger(self._ledgers, step, arrays, learning_rate)
         self._names, self._end = frozenset(names), step if gradient is None else None
         return path
+
+    def _write_ledger(self, ledgers: LedgersOfStates, step: int, arrays: Arrays, rates: Any) -> Path:
+        """Pass a state to a log of ledgers."""
+        states: dict[str, Arrays] = {"parameter": {}, "gradient": {}}
+        numbers: dict[str, float] = {}
+        for key, array in arrays.items():
+            kind, slash, name = key.partition("/")
+            if kind not in (*states, "loss", "learning_rate"):
+                raise InputError(
+                    f"a log of ledgers cannot contain {kind}",
+                    where=f"{self.folder}, step {step}",
+                    why="it has only the inner products of each update, its loss and its learning rate",
+                    remedy='omit it, or record states (mode="full")',
+                )
+            if slash:
+                states[kind][name] = array
+            else:
+                numbers[kind] = float(array)
+        loss, rate = (numbers.get(name, math.nan) for name in ("loss", "learning_rate"))
+        if isinstance(rates, Mapping):
+            rates = {name: float(self._scalar(self.folder, "learning_rate", one)) for name, one in rates.items()}
+        else:
+            rates = rate
+        ledgers.record(StateBefore(step, states["parameter"], states["gradient"] or None, loss, rates))
+        return self.folder
 
     def _names_of_last(self, path: Path, parameter: Mapping[Any, Any]) -> list[Any]:
         """Return the names of the tensors of a state without a gradient: those of the states before it."""
