@@ -37,8 +37,9 @@ def test_the_tutorial_prints_what_it_shows(tmp_path, monkeypatch):
 def test_the_guide_to_the_recorder_logs_a_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     page = DOCS / "howto" / "log.md"
-    assert run_page(page) == blocks(page) == 2
+    assert run_page(page) == blocks(page) == 3
     assert len(list((tmp_path / "logs" / "quadratic").iterdir())) == 20
+    assert natgrad.process("logs/ledger", "run").updates == 20
 
 
 @pytest.mark.filterwarnings("ignore:The number of training batches")
