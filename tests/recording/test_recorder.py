@@ -1,5 +1,6 @@
 """Test that the pipeline reads the states that the recorder writes, and that a reader sees only complete steps."""
 
+import contextlib
 import resource
 import subprocess
 import sys
@@ -378,3 +379,10 @@ def test_arguments_of_a_recorder_are_checked(tmp_path):
     with pytest.raises(InputError, match="resume must be"):
         Recorder(tmp_path / "log", resume="yes")
     assert not (tmp_path / "log").exists()
+
+
+def test_a_recorder_may_be_used_in_a_with_statement(tmp_path):
+    with contextlib.suppress(KeyError), Recorder(tmp_path / "log") as recorder:
+        recorder.record(0, parameter={"w": np.ones(2)}, gradient={"w": np.ones(2)}, loss=1.0)
+        raise KeyError("an error in the training loop")
+    assert [path.name for path in (tmp_path / "log").iterdir()] == ["step_0.safetensors"]

@@ -88,6 +88,8 @@ class Container:
         parameter names.
     ordered : bool
         True if the tensors are in the order in which they were saved.
+    remarks : tuple of str
+        Remarks for the user about its values.
     unread : dict
         Keys of entries that were not read, to the reason.
     objects : dict
@@ -98,6 +100,7 @@ class Container:
     """
 
     ordered = False
+    remarks: tuple[str, ...] = ()
 
     def __init__(self, step: LoggedStep) -> None:
         self.step = step

@@ -20,7 +20,7 @@ from natgrad.schema.extensions import Extension, registered
 from natgrad.schema.logs import logger
 from natgrad.schema.names import SCALARS, STATES
 from natgrad.sources.base import Source
-from natgrad.sources.checkpoints.array_folder import ARRAYS_KIND
+from natgrad.sources.checkpoints.array_folder import ARRAYS_KIND, stack_of
 from natgrad.sources.checkpoints.bergson_store import BergsonFolder, holds_bergson
 from natgrad.sources.checkpoints.dcp_folder import DCP_KIND
 from natgrad.sources.checkpoints.deepspeed_folder import DEEPSPEED_KIND
@@ -169,6 +169,12 @@ def _open_zarr(path: Path, mapping: Mapping[str, str]) -> Source:
     if holds_zarr(path):
         return StackedFile(path, lambda step: ZarrGroup(step, stacked=True), mapping)
     return StepFolder(LocalStorage(path), [_ZARR], mapping)
+
+
+def _open_npy(path: Path, mapping: Mapping[str, str]) -> Source:
+    kinds = (_NPY, ARRAYS_KIND)
+    stack = None if _contains(*kinds)(path) else stack_of(path, mapping)
+    return stack or StepFolder(LocalStorage(path), kinds, mapping)
 
 
 def _open_torch(step: LoggedStep, names: Names) -> TorchFile:
@@ -423,10 +429,12 @@ _BUILT_IN: dict[str, Format] = {
         Format(
             "npy",
             "folder of <name>_<N>.npy (numpy.save), or of folders step_<N>/ with .npy, .npz, .pt or .pkl files "
-            "named after their contents, such as params.npy and grads.npy",
+            "named after their contents, such as params.npy and grads.npy; or one folder of arrays (step, ...)",
             "parameters and gradients, in one file, or a file for each tensor; scalars in JSON files; out of core",
             "scalars, if the steps are single files: pass their log as an additional SOURCE",
-            **_folder(_NPY, ARRAYS_KIND),
+            lambda path: _contains(_NPY, ARRAYS_KIND)(path) or stack_of(path) is not None,
+            _open_npy,
+            kinds=(_NPY, ARRAYS_KIND),
         ),
         Format(
             "pickle",

@@ -184,7 +184,8 @@ class _Arrays:
 
     def _family_notes(self, unused: Collection[str]) -> list[str]:
         """Return notes on keys that were split, and on keys that select only a part of similar tensors."""
-        notes = [f"{array}s have the keys {key}, where * is the name" for array, key in self._families.items()]
+        split = ", ".join(f"{key} for {array}s" for array, key in self._families.items())
+        notes = [f"the keys of the tensors are {split}, where * is the name"] if split else []
         free = [key for key in unused if self._unused[key].dtype in STORAGE_DTYPES]
         for array in STATES:
             key = self._names.keys.get(array, ("",))[0]
@@ -382,7 +383,8 @@ class NamedStep:
             If a tensor does not have a float dtype, or the file contains another step number.
         """
         step = self._container.step
-        notes = [f"{key} was not read: {why}" for key, why in self._container.unread.items()]
+        notes = [*self._container.remarks]
+        notes += [f"{key} was not read: {why}" for key, why in self._container.unread.items()]
         notes += self._object_notes()
         scalars: dict[str, float] = {}
         absent: dict[str, InputError] = {}

@@ -5,6 +5,7 @@ import pickle
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 
 from logs import random_walk
@@ -126,3 +127,43 @@ def test_an_incomplete_file_is_named(tmp_path):
     log = open_source(open_storage(tmp_path))
     with pytest.raises(InputError, match=r"does not have the 64 bytes of the file(.|\n)*theta_0\.npy"):
         log.open(log.steps()[0])
+
+
+def test_arrays_of_all_steps_in_several_files_are_a_run(tmp_path):
+    rows = {"parameter": STATES, "gradient": STATES[:-1]}
+    for array, stem in (("parameter", "params"), ("gradient", "grads")):
+        tensors = {name: np.stack([arrays(state, array)[name] for state in rows[array]]) for name in TENSORS}
+        np.savez(tmp_path / f"{stem}.npz", **tensors)
+    np.save(tmp_path / "losses.npy", np.array([state["loss"] for state in STATES[:-1]]))
+    np.save(tmp_path / "lr.npy", np.array(0.5))
+    assert find_format(tmp_path) == "npy"
+    log = open_source(open_storage(tmp_path))
+    for step, state in zip(log.steps(), STATES, strict=True):
+        with log.open(step) as reader:
+            content = reader.content()
+            assert content.scalars["learning_rate"] == 0.5
+            assert "lr is one number, 0.5, which is used for all steps" in content.notes
+            for array in ("parameter", "gradient")[: 1 + (step.number < 3)]:
+                for tensor, value in arrays(state, array).items():
+                    found = np.zeros(value.size, np.float32)
+                    reader.read(array, tensor, 0, found)
+                    np.testing.assert_array_equal(found, value.ravel())
+
+
+def test_arrays_without_losses_are_not_a_run(tmp_path):
+    for name in ("params", "grads"):
+        np.save(tmp_path / f"{name}.npy", np.ones((3, 2)))
+    assert find_format(tmp_path) is None
+
+
+def test_scalars_beside_a_model_are_read(tmp_path):
+    for step, state in enumerate(STATES):
+        (tmp_path / f"step_{step}").mkdir()
+        for array, stem in (("parameter", "model"), ("gradient", "gradient")):
+            safetensors.numpy.save_file(arrays(state, array), tmp_path / f"step_{step}" / f"{stem}.safetensors")
+        (tmp_path / f"step_{step}" / "metrics.json").write_text(json.dumps({"loss": step / 4, "lr": 0.5}))
+        (tmp_path / f"step_{step}" / "tokenizer_config.json").write_text('{"loss": 9}')
+    log = open_source(open_storage(tmp_path))
+    for step in log.steps():
+        with log.open(step) as reader:
+            assert reader.content().scalars == {"loss": step.number / 4, "learning_rate": 0.5}

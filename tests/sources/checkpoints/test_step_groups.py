@@ -148,6 +148,20 @@ def test_a_series_beside_the_groups_is_that_of_their_steps(tmp_path):
         assert "other was not read: it belongs to no step" in reader.content().notes
 
 
+def test_one_learning_rate_of_a_file_is_used_for_all_steps(tmp_path):
+    write_hdf5(tmp_path / "log.h5", "step_{}")
+    with h5py.File(tmp_path / "log.h5", "a") as file:
+        for name in file:
+            del file[name].attrs["lr"]
+        file.attrs["lr"] = 0.25
+    log = open_source(open_storage(tmp_path / "log.h5"))
+    for step in log.steps():
+        with log.open(step) as reader:
+            content = reader.content()
+            assert content.scalars["learning_rate"] == 0.25
+            assert "lr is one number, 0.25, which is used for all steps" in content.notes
+
+
 def test_groups_of_layers_are_not_steps(tmp_path):
     with h5py.File(tmp_path / "model.h5", "w") as file:
         for layer in range(3):
@@ -157,16 +171,17 @@ def test_groups_of_layers_are_not_steps(tmp_path):
 
 
 @pytest.mark.parametrize("version", [2, 3])
-def test_groups_of_zarr_with_attributes(tmp_path, version):
+@pytest.mark.parametrize("name", ["run.zarr", "run"])
+def test_groups_of_zarr_with_attributes(tmp_path, version, name):
     with zarr.config.set({"array.write_empty_chunks": True}):
-        file = zarr.open_group(tmp_path / "run.zarr", mode="w", zarr_format=version)
+        file = zarr.open_group(tmp_path / name, mode="w", zarr_format=version)
         for step, state in enumerate(STATES):
             group = file.create_group(f"step_{step}")
             for array in ("parameter", "gradient"):
                 for key, value in arrays(state, array).items():
                     group.create_array(f"{array}/{key}", data=value)
             group.attrs.update({"loss": float(state["loss"]), "lr": float(state["learning_rate"]), "tag": "x"})
-    check(tmp_path / "run.zarr")
+    check(tmp_path / name)
 
 
 def test_keys_of_an_npz_file_may_contain_the_step(tmp_path):

@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
-from natgrad.sources.bounds import JSON_LIMIT, Budget, parse_json, read_limited
-from natgrad.sources.checkpoints import pickle_data
+from natgrad.schema.errors import InputError
 from natgrad.sources.checkpoints.npy_file import NpyFile
-from natgrad.sources.checkpoints.npz_file import NpzFile
+from natgrad.sources.checkpoints.npz_file import NpzFile, NpzStack
 from natgrad.sources.checkpoints.numpy_pickle import PickleFile
-from natgrad.sources.checkpoints.several_files import SeveralFiles
+from natgrad.sources.checkpoints.several_files import SeveralFiles, holds_numbers, numbers_of
+from natgrad.sources.checkpoints.stacked_file import StackedFile
 from natgrad.sources.checkpoints.step_folder import Kind
-from natgrad.sources.checkpoints.torch_archive import TorchFile, flat_numbers
+from natgrad.sources.checkpoints.torch_archive import TorchFile
 from natgrad.sources.container import Container, read_errors
 from natgrad.sources.names import CHECKPOINT, Names
-from natgrad.sources.step_names import is_content, is_step, parse_name, role_of, words
+from natgrad.sources.step_names import is_content, is_step, parse_name, role_of
 from natgrad.sources.steps import LoggedStep
 from natgrad.storage import LocalStorage
 
-__all__ = ["ARRAYS_KIND", "ArrayFolder"]
+__all__ = ["ARRAYS_KIND", "ArrayFolder", "stack_of"]
 
 _FORM = "a folder of arrays"
 _DEPTH = 3
 _FILE_OPERATIONS = 500
-_SETTINGS = {"config", "args", "hparams", "settings", "options"}
 _OPENERS: dict[str, Callable[[LoggedStep], Container]] = {
     ".npz": NpzFile,
     ".pt": TorchFile,
@@ -62,6 +62,25 @@ def _is_step(path: Path) -> bool:
     return len(set(stems)) > 1 and all(named) and all(parse_name(stem).number is None for stem in stems)
 
 
+def stack_of(path: Path, mapping: Mapping[str, str] | None = None) -> StackedFile | None:
+    """Return a folder with a file for each quantity of a run as a log, or None if it is not one.
+
+    ``params.npy``, ``grads.npy`` and ``losses.npy`` have a leading step dimension, for example.
+    """
+    try:
+        files = [file for file in path.iterdir() if file.suffix in (".npy", ".npz")]
+    except OSError:
+        return None
+    if len(files) < 2 or any(is_step(file.stem) or parse_name(file.stem).number is not None for file in files):
+        return None
+    log = StackedFile(
+        path, lambda step: ArrayFolder(step, CHECKPOINT, stacked=True), mapping, usually_one_step=True
+    )
+    with suppress(InputError):
+        return log if len(log.steps()) > 1 else None
+    return None
+
+
 class ArrayFolder(SeveralFiles):
     """The files of one step.
 
@@ -73,6 +92,8 @@ class ArrayFolder(SeveralFiles):
     ----------
     step : LoggedStep
     names : Names
+    stacked : bool
+        The arrays have a leading step dimension, so they are read from the middle.
 
     Raises
     ------
@@ -80,8 +101,9 @@ class ArrayFolder(SeveralFiles):
         If a file cannot be read, or two files contain the same key.
     """
 
-    def __init__(self, step: LoggedStep, names: Names) -> None:
+    def __init__(self, step: LoggedStep, names: Names, *, stacked: bool = False) -> None:
         super().__init__(step)
+        self._openers = {**_OPENERS, ".npz": NpzStack} if stacked else _OPENERS
         try:
             with read_errors(step, _FORM):
                 for path in _files(step.path):
@@ -95,18 +117,14 @@ class ArrayFolder(SeveralFiles):
         self.budget.spend(_FILE_OPERATIONS)
         if path.suffix == ".npy":
             self.include(NpyFile(self.step, relative.with_suffix("").as_posix(), LocalStorage(path)))
-        elif path.suffix == ".json" and not words(path.stem) & _SETTINGS:
-            content = read_limited(path, JSON_LIMIT)
-            self.budget = Budget(self.budget.size + len(content))
-            tree = parse_json(content, path.name, self.budget)
-            leaves = [*pickle_data.flatten(tree, self.budget)] if isinstance(tree, dict) else []
-            self.numbers |= {key: value for key, value in flat_numbers(leaves).items() if key not in self.numbers}
-        elif path.suffix in _OPENERS:
+        elif holds_numbers(path):
+            self.numbers = numbers_of(path) | self.numbers
+        elif path.suffix in self._openers:
             role = role_of(path.stem)
             if role == "other":
                 self.unread[relative.as_posix()] = "its name says that it contains neither the model nor gradients"
                 return
-            container = _OPENERS[path.suffix](LoggedStep(self.step.number, LocalStorage(path)))
+            container = self._openers[path.suffix](LoggedStep(self.step.number, LocalStorage(path)))
             _, rename = names.of_part(role, container)
             self.include(container, role or path.stem, rename)
 

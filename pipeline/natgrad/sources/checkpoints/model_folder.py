@@ -7,7 +7,7 @@ from pathlib import Path
 
 from natgrad.sources.bounds import JSON_LIMIT, parse_json, read_limited, shown
 from natgrad.sources.checkpoints.safetensors_file import SafetensorsFile
-from natgrad.sources.checkpoints.several_files import SeveralFiles
+from natgrad.sources.checkpoints.several_files import SeveralFiles, holds_numbers, numbers_of
 from natgrad.sources.checkpoints.step_folder import Kind
 from natgrad.sources.checkpoints.torch_archive import TorchFile
 from natgrad.sources.container import Container, read_errors
@@ -72,6 +72,8 @@ class ModelFolder(SeveralFiles):
                 names = sorted(path.name for path in step.path.iterdir() if path.is_file())
                 files = self._files(names)
                 self.ordered = all(name.endswith(".bin") for name, (prefix, _) in files.items() if not prefix)
+                for path in filter(holds_numbers, map(step.path.joinpath, names)):
+                    self.numbers = numbers_of(path) | self.numbers
                 for name, (prefix, wanted) in files.items():
                     try:
                         container = self._open(step.path / name)

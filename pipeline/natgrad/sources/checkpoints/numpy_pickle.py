@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from natgrad.schema.errors import InputError
 from natgrad.schema.layout import storage_dtype
 from natgrad.sources.bounds import Budget, read_limited, shape_of, shown
 from natgrad.sources.checkpoints import pickle_data
@@ -25,7 +26,7 @@ from natgrad.sources.checkpoints.torch_archive import (
     unread_objects,
 )
 from natgrad.sources.container import Container, read_errors
-from natgrad.sources.steps import LoggedStep
+from natgrad.sources.steps import LoggedStep, where
 
 __all__ = ["PickleFile", "is_pickle"]
 
@@ -41,7 +42,7 @@ _COMPRESSIONS = {
     b"\x78\xda": "zlib",
     b"\x04\x22\x4d\x18": "lz4",
 }
-_JOBLIB = b"joblib.numpy_pickle"
+_JOBLIB, _START = b"joblib.numpy_pickle", 1 << 12
 
 
 class _Array(Record):
@@ -142,7 +143,7 @@ class PickleFile(Container):
         self._read: tuple[str, NDArray[Any]] = "", np.zeros(0)
         with read_errors(step, _FORM):
             content = read_limited(step.storage, pickle_data.PICKLE_LIMIT)
-            _require_plain(content)
+            _require_plain(step, content)
             self.budget = Budget(len(content))
             tree = pickle_data.load(content, functions=_FUNCTIONS, values=_VALUES, inert=inert, budget=self.budget)
             self._describe(list(pickle_data.flatten(tree, self.budget)))
@@ -174,19 +175,23 @@ class PickleFile(Container):
         self._arrays, self._read = {}, ("", np.zeros(0))
 
 
-def _require_plain(content: bytes) -> None:
+def _require_plain(step: LoggedStep, content: bytes) -> None:
     """Refuse compressed files and files of joblib, whose arrays are outside of the pickle."""
     name = next((name for start, name in _COMPRESSIONS.items() if content.startswith(start)), "")
-    if name:
-        raise ValueError(
-            f"it is compressed with {name}: load it in Python, and save it again with pickle.dump to a plain file"
-        )
     if content[:2] == b"PK":
-        raise ValueError(
-            "it is a zip archive, such as a file of torch.save or numpy.savez: rename it to .pt or .npz"
+        raise InputError(
+            "this is a zip archive, not a pickle",
+            where=where(step),
+            why="torch.save and numpy.savez write such archives",
+            remedy="rename the files to .pt or .npz",
         )
-    if _JOBLIB in content[:4096]:
-        raise ValueError(
-            "it was written by joblib, which stores arrays outside of the pickle: save the object that joblib.load "
-            "returns again with pickle.dump"
+    if name or _JOBLIB in content[:_START]:
+        raise InputError(
+            f"this pickle is compressed with {name}" if name else "this file was written by joblib",
+            where=where(step),
+            why="pickles are read as data, and only plain ones: nothing in them is executed"
+            if name
+            else "joblib stores arrays outside of the pickle",
+            remedy="load the object, with joblib.load if joblib wrote it, even if compressed, and write it to a "
+            "plain file with pickle.dump",
         )

@@ -4,16 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 
-from natgrad.sources.bounds import Budget, shown
+from natgrad.sources.bounds import JSON_LIMIT, Budget, parse_json, read_limited, shown
 from natgrad.sources.byte_ranges import ByteRange
+from natgrad.sources.checkpoints.pickle_data import flatten
+from natgrad.sources.checkpoints.torch_archive import flat_numbers
 from natgrad.sources.container import Container
+from natgrad.sources.step_names import words
 from natgrad.sources.steps import LoggedStep
 
-__all__ = ["SeveralFiles"]
+__all__ = ["SeveralFiles", "holds_numbers", "numbers_of"]
+
+_SCALARS = {
+    *("info", "metric", "metrics", "scalar", "scalars", "log", "logs", "loss", "losses", "stats", "statistics"),
+    *("meta", "metadata", "step", "state", "train", "training", "result", "results"),
+}
+_SETTINGS = {"config", "args", "hparams", "settings", "options", "trainer", "tokenizer", "index"}
+"""Words of names of JSON files that contain, and that do not contain, the scalars of a step."""
 
 
 class SeveralFiles(Container):
@@ -77,6 +88,25 @@ class SeveralFiles(Container):
     def close(self) -> None:
         """Close the files."""
         self._stack.close()
+
+
+def holds_numbers(path: Path) -> bool:
+    """Return True if a file is named like one with the scalars of a step, such as ``info.json``."""
+    return path.suffix == ".json" and bool(words(path.stem) & _SCALARS) and not words(path.stem) & _SETTINGS
+
+
+def numbers_of(path: Path) -> dict[str, float]:
+    """Return the numbers in a JSON file, with their levels joined by slashes.
+
+    Raises
+    ------
+    ValueError, OSError
+        If the file cannot be read.
+    """
+    content = read_limited(path, JSON_LIMIT)
+    budget = Budget(len(content))
+    tree = parse_json(content, path.name, budget)
+    return flat_numbers([*flatten(tree, budget)]) if isinstance(tree, dict) else {}
 
 
 def _renamed(items: Mapping[str, Any], rename: Callable[[str], str]) -> dict[str, Any]:

@@ -17,13 +17,13 @@ from natgrad.schema.layout import STORAGE_DTYPES, storage_dtype
 from natgrad.schema.names import SCALARS
 from natgrad.sources.base import Source, StepReader
 from natgrad.sources.byte_ranges import ByteRange, part_of
-from natgrad.sources.checkpoints.step_groups import GroupStep, StepGroups, step_groups
+from natgrad.sources.checkpoints.step_groups import GroupStep, StepGroups, constants, step_groups
 from natgrad.sources.container import Container, read_errors
 from natgrad.sources.families import ANY_NAME, members, usual_families
 from natgrad.sources.named_step import NamedStep
 from natgrad.sources.names import NATIVE, Names
 from natgrad.sources.steps import LoggedStep, LoggedTensor
-from natgrad.storage import LocalStorage
+from natgrad.storage import LocalStorage, Storage
 
 __all__ = ["KeptOpen", "StackedFile"]
 
@@ -68,13 +68,18 @@ class StackedFile:
         self.location, self._open = LocalStorage(location), open_container
         stacked = replace(NATIVE, keys={**NATIVE.keys, "step": _STEP})
         self._names, self._group_names = (
-            known.of_folder(self.location.parent).mapped(mapping or {}) for known in (stacked, names)
+            known.of_folder(self._folder).mapped(mapping or {}) for known in (stacked, names)
         )
         self._groups: StepGroups | None = None
         self._usually_one_step = usually_one_step
         self._rows: dict[int, int] = {}
         self._origin, self._step_key = "", ""
         self._shared: _Shared | None = None
+
+    @property
+    def _folder(self) -> Storage:
+        """Folder of the mapping file."""
+        return self.location if self.location.local_path.is_dir() else self.location.parent
 
     def with_pattern(self, pattern: str) -> StackedFile:
         """Use a pattern of the names of groups (``--pattern``)."""
@@ -228,11 +233,12 @@ class _Row(Container):
             for key, logged in container.tensors.items()
             if logged.shape and logged.shape[0] in lengths and key != step_key
         }
+        self.numbers, self.remarks = constants(container)
         # Describe arrays of another length with an invalid dtype, so that using them is refused.
         self.tensors |= {
             key: LoggedTensor(logged.shape, f"{logged.dtype} of {logged.shape[:1]} steps, not {rows},")
             for key, logged in container.tensors.items()
-            if logged.shape[:1] not in ((rows,), (rows - 1,)) and key != step_key
+            if logged.shape[:1] not in ((rows,), (rows - 1,)) and key not in (step_key, *self.numbers)
         }
 
     def read(self, key: str, start: int, out: NDArray[Any]) -> None:

@@ -24,6 +24,9 @@ from natgrad.sources.steps import LoggedStep
 
 __all__ = ["GroupStep", "StepGroups", "step_groups"]
 
+_CONSTANT = ("learning_rate", "lr", "decoupled_weight_decay", "weight_decay")
+"""Settings that may be constant in a run."""
+
 _POSITIONS = (0, 1, 2, -1)
 """Levels at which the step may be."""
 
@@ -84,6 +87,10 @@ class GroupStep(Container):
             for key, target in container.ties.items()
             if key in of_step and target in of_step
         }
+        fixed, remarks = constants(container)
+        if not any(key in self.numbers or key in self.tensors for key in _CONSTANT):
+            self.numbers |= fixed
+            self.remarks = remarks
         row = groups.rows[step.number]
         for key in groups.series:
             values = container.vector(key)
@@ -102,6 +109,24 @@ class GroupStep(Container):
     def ranges(self, key: str) -> Sequence[ByteRange] | None:
         """Return where the elements of a tensor are; see `natgrad.sources.base.Ranged`."""
         return self._container.ranges(self._keys[key])
+
+
+def constants(container: Container) -> tuple[dict[str, float], tuple[str, ...]]:
+    """Return the settings of a file of all steps that are one number, and remarks on them.
+
+    Parameters
+    ----------
+    container : Container
+    """
+    found = {
+        key: value
+        for key in _CONSTANT
+        if key in container.numbers or (key in container.tensors and not container.tensors[key].shape)
+        if (value := container.number(key)) is not None
+    }
+    return found, tuple(
+        f"{key} is one number, {value:g}, which is used for all steps" for key, value in found.items()
+    )
 
 
 def step_groups(container: Container, names: Names) -> StepGroups | None:
@@ -159,11 +184,11 @@ def _are_steps(position: int, groups: Mapping[str, Mapping[str, str]], container
     if names.naming.pattern or (position == 0 and all(words(name) for name in groups)):
         return True
     kinds = [set(_kinds(group, container, names)) for group in groups.values()]
-    if position == 0:
-        return {"parameter", "gradient"} <= kinds[0] or ("parameter" in kinds[0] and len(kinds[0]) > 1)
-    # A dict of lists has lists of numbers that are as long as those of the tensors, unlike a list of layers.
+    if position == 0 and {"parameter", "gradient"} <= kinds[0]:
+        return True
+    # Steps have numbers: a dict of lists has lists of numbers that are as long as those of the tensors.
     scalars = [sum(kind in SCALARS or kind == "step" for kind in of_group) for of_group in kinds]
-    return len(groups) > 1 and "parameter" in kinds[0] and min(scalars[:-1]) > 0
+    return len(groups) > 1 and min(scalars[:-1]) > 0
 
 
 def _kinds(group: Mapping[str, str], container: Container, names: Names) -> Iterator[str]:
@@ -209,7 +234,7 @@ def _numbered(groups: Mapping[str, Mapping[str, str]], container: Container, nam
         rows,
         {number: origins[name] for number, name in numbers.items()},
         series,
-        {key: "it belongs to no step" for key in rest if key not in series},
+        {key: "it belongs to no step" for key in rest if key not in (*series, *constants(container)[0])},
     )
 
 

@@ -167,7 +167,12 @@ def _row(shape: Sequence[int], chunk: Sequence[int]) -> int:
 
 def holds_zarr(path: Path) -> bool:
     """Return True if a folder is a Zarr group of version 2 or 3."""
-    return path.suffix == ".zarr" and any((path / name).is_file() for name in (".zgroup", _VERSION_3))
+    if (path / ".zgroup").is_file():
+        return True
+    try:
+        return read_object(path / _VERSION_3).get("node_type") == "group"
+    except (OSError, ValueError):
+        return path.suffix == ".zarr" and (path / _VERSION_3).is_file()
 
 
 class ZarrGroup(ZarrArrays):
