@@ -90,8 +90,6 @@ class Recorder:
     """Write one run into a folder, with one file ``step_<N>.<container>`` per step, or the ledgers of its updates.
 
     A step is written to a temporary file, which is then renamed. A reader sees either the complete file or no file.
-    A step is complete when `record` returns, so nothing needs to be closed; a recorder may be used in a ``with``
-    statement.
 
     Parameters
     ----------
@@ -203,11 +201,6 @@ class Recorder:
         """Flush a log of ledgers to the disk. States are complete when `record` returns."""
         if self._ledgers is not None:
             self._ledgers.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None: ...
 
     def record(
         self,
