@@ -62,6 +62,22 @@ RULES = {
     "'at once'; write 'immediately', 'together' or 'at a time'": r"\bat once\b",
     "'takes the place of'; write 'replaces'": r"\btak(?:es?|ing) (?:the|its|their) places?\b|\bin place of\b",
     "'does not answer'; write 'does not respond'": r"\bdo(?:es)? not answer\b",
+    "'any more'; write 'no longer'": (
+        r"\b(?:not|no|none|never|nothing|cannot|n't)\b[^.;:]{0,60}\bany ?more\b(?! than\b)"
+    ),
+    "'in the place of'; write 'instead of'": r"\bin the places? of\b",
+    "'means nothing'; write 'has no meaning'": r"\bmeans? nothing\b",
+    "'so many of'; write 'this many' or 'as many'": (
+        r"\bat most so (?:many|long|much)\b|\bso many of (?:them|it|these)\b"
+    ),
+    "'another ... than'; write 'a different ... than'": r"\b(?:another|other) (?:\w+ )?\w+ than\b",
+    "'lately'; write 'recently'": r"\blately\b",
+    "'put together'; write 'assembled' or 'combined'": r"\bput together\b",
+    "'from which on'; write 'above which' or 'after which'": r"\bfrom which on\b",
+    "'whatever'; write 'regardless of'": r"\bwhatever\b",
+    "a name that 'says'; write 'indicates' or 'states'": r"\b(?:file|name|word|text|key|version|log)s? says?\b",
+    "'for ever'; write 'forever'": r"\bfor ever\b",
+    "', neither is'; write 'also not'": r", (?:and )?(?:nor|neither) (?:is|are|does|do|was|were)\b",
 }
 _COMPILED = {name: re.compile(pattern, re.IGNORECASE) for name, pattern in RULES.items()}
 _COMPILED["a sentence that starts with 'Who'"] = re.compile(RULES["a sentence that starts with 'Who'"])

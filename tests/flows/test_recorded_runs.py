@@ -30,7 +30,7 @@ class Flows:
         self.folder, self.summaries = folder, []
 
     def after(self, steps):
-        """Process the log if so many steps were taken."""
+        """Process the log after a number of steps."""
         if steps in FLOW_AFTER:
             self.process()
 

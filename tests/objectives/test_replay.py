@@ -1,4 +1,4 @@
-"""Test the evaluation of objectives at the states of a log: each state once, whatever dies."""
+"""Test the evaluation of objectives at the states of a log: each state once, even if workers die."""
 
 import itertools
 import json

@@ -133,7 +133,7 @@ def test_the_canonical_form_is_the_only_form(given_metric):
             directions = np.stack([rounded(mp.sqrt(values[k]) * turn[:, k]) for k in kept], axis=1)
             again = Metric(rounded(y), g, directions=directions).to_dense()
             assert np.linalg.norm(again - matrix, 2) <= 4 * tolerance
-        # If more is subtracted across g, the rest is not definite, and neither is the matrix.
+        # If more is subtracted across g, the rest and the matrix are not definite.
         weakest = min(kept, key=lambda k: values[k], default=None)
         if weakest is not None:
             less = dense - mpf("1.001") * values[weakest] * turn[:, weakest] * turn[:, weakest].T

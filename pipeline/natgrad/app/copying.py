@@ -13,7 +13,7 @@ from natgrad.storage import Storage
 __all__ = ["LARGE_LOG_BYTES", "copy_notice"]
 
 LARGE_LOG_BYTES = 1_000_000_000
-"""Bytes of states from which on a copy of a log is announced."""
+"""Bytes of states above which a copy of a log is announced."""
 
 _SAMPLE_BYTES = 64 << 20
 """Bytes that are read and written to measure a rate."""

@@ -178,7 +178,7 @@ def evaluated_update(
 
 
 class _NoPoint(Exception):
-    """There is no lambda of eq. (11), for the reason in the message."""
+    """Error if there is no lambda of eq. (11); the message states the reason."""
 
 
 def _taylor_point(
@@ -204,7 +204,7 @@ def _taylor_point(
         return losses[state.tobytes()]
 
     try:
-        # It needs the gradient at the start only.
+        # It needs only the gradient at the start.
         return float(taylor_points(loss_of, lambda _: flat.vector(gradients), multiply, start, end, unit=unit)[0])
     except ObjectiveError:
         raise
@@ -215,5 +215,5 @@ def _taylor_point(
 
 
 def _unit(array: NDArray[Any]) -> float:
-    """Return the unit roundoff of an array, as far as it is computed with: single precision at least."""
+    """Return the unit roundoff of computations with an array, at most that of single precision."""
     return 2.0**-53 if array.dtype == np.float64 else 2.0**-24

@@ -46,7 +46,7 @@ Tensors = Mapping[str, NDArray[Any]]
 
 
 class ObjectiveError(InputError):
-    """An objective failed, or its result is not valid."""
+    """Error for an objective that fails, or whose result is not valid."""
 
 
 class Objective(Protocol):

@@ -40,7 +40,7 @@ __all__ = ["LogOptions", "evaluate_log"]
 _log = logger(__name__)
 
 _DIFFERENT = 1e-3
-"""Relative difference of two evaluations at one state from which on the objective is refused."""
+"""Relative difference of two evaluations at one state above which the objective is refused."""
 
 _kept: dict[str, Any] = {}
 """The work of this worker process, with its objective and the steps of the log."""
@@ -149,7 +149,7 @@ class _Worker:
 
     def _require_same(self, own: Mapping[str, Any]) -> None:
         """Record the fingerprint of the first worker, and compare that of the others with it."""
-        # As they are read from the file.
+        # in the form in which they are read from the file
         own = json.loads(json.dumps(own))
         if self._replays.write_document("fingerprint", own):
             return

@@ -40,7 +40,7 @@ class Bins:
 
     @property
     def single(self) -> bool:
-        """True if each bin has one update."""
+        """Return True if each bin has one update."""
         return len(self.edges) - 1 == self.stop - self.start
 
 

@@ -1,7 +1,7 @@
 """Draw results in notebooks, with matplotlib or hvPlot.
 
-A curve of many steps is drawn as the median and the range of consecutive steps, which are read part by part. So a
-drawing of any run takes bounded time and memory, and is never a black area.
+A curve of many steps is drawn as the median and the range of consecutive steps, which are read part by part. A
+drawing of any run therefore takes bounded time and memory, and is never a solid area.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ENGINES = ("matplotlib", "hvplot")
 """Libraries that draw."""
 
 COLUMNS = 1000
-"""Number of bins from which on consecutive steps share one."""
+"""Number of steps above which consecutive steps share a bin."""
 
 _SPECTRUM = ("eigenvalue_max", "eigenvalue_mid", "eigenvalue_min")
 

@@ -30,7 +30,7 @@ _BLOCK_VALUES = 1 << 20
 
 @dataclass(frozen=True)
 class RunResults:
-    """Results of a run for the model, the tensors, and what else the results have: replicates, groups and the rest.
+    """Results of a run for the model, the tensors and, if they exist, replicates, groups and the rest.
 
     The rest is the model with the updates without weight decay.
     """

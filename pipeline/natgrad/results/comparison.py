@@ -54,7 +54,7 @@ class Comparison:
     options : mapping of str to mapping
         Options and properties that differ between runs: the value of each run.
     warnings : list of str
-        Reasons why values of different runs mean different things.
+        Reasons why values of different runs have different meanings.
     """
 
     align: str
@@ -74,7 +74,7 @@ def compare(trees: Mapping[str, xr.DataTree], align: str = "step") -> Comparison
         Results by name. The runs of a sweep are compared one by one, as ``name/run``.
     align : str
         ``step`` compares updates at the same step. ``loss`` compares the first updates at which runs have reached a
-        loss. ``length`` compares the updates at which the sums of the norms of all updates before are equal.
+        loss. ``length`` compares the updates at which the sums of the norms of all previous updates are equal.
 
     Raises
     ------
@@ -117,7 +117,7 @@ def compare(trees: Mapping[str, xr.DataTree], align: str = "step") -> Comparison
 
 
 def _described(tree: xr.DataTree) -> dict[str, Any]:
-    """Return the options and properties of a run, of which those that differ are shown."""
+    """Return the options and properties of a run; those that differ between runs are shown."""
     attributes = tree.attrs
     objective = Objective.of(tree["model"].to_dataset(), str(attributes.get("evaluation", "unknown"))).to_json()
     found = {str(name).replace("_", " "): value for name, value in dict(attributes.get("options", {})).items()}

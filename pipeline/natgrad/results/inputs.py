@@ -177,7 +177,7 @@ class UpdateTable:
 
     @property
     def comparable_next_loss(self) -> Array:
-        """Loss after the update; NaN if it belongs to another batch than the loss before, shape (updates,)."""
+        """Loss after the update; NaN if its batch differs from that of the loss before, shape (updates,)."""
         return np.full(self.next_loss.shape, np.nan) if self.evaluation == "batch" else self.next_loss
 
     def complete(self, m: int) -> NDArray[np.bool_]:

@@ -307,7 +307,7 @@ def without_decay(
     ----------
     table : UpdateTable
         With the coefficients lambda (``weight_decay``). If they are not known, or if several updates lie between
-        two logged states, the decay is not known, and neither are the pairs.
+        two logged states, the decay and the pairs are unknown.
     descent : str
         Estimate of the negative gradient.
     with_decay : sequence of Aggregation

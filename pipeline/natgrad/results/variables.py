@@ -132,7 +132,7 @@ def _shifted_metric(updates: Updates) -> NDArray[np.int8]:
     largest = windows.consecutive(updates.table.learning_rate, updates.m).max(axis=-1)
     conditions = [
         (np.isnan(bound), ShiftedMetric.UNKNOWN),
-        # g' (Mbar + eta H) g is the y.g of the true gradient, whatever the estimate.
+        # g' (Mbar + eta H) g is the y.g of the true gradient, regardless of the estimate.
         (updates.of_gradient.pair.alignment <= 0, ShiftedMetric.INDEFINITE),
         (largest < optimal, ShiftedMetric.DEFINITE_OPTIMAL),
         (largest < bound, ShiftedMetric.DEFINITE),

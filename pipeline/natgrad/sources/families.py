@@ -99,7 +99,7 @@ def usual_families(tensors: Mapping[str, LoggedTensor]) -> dict[str, tuple[str, 
 
 
 def _groups(tensors: Collection[str]) -> dict[str, dict[str, str]]:
-    """Return the keys by name for each pattern of a word at an end of a key that says what a tensor is."""
+    """Return the keys by name for each pattern of a word, at one end of a key, for the kind of a tensor."""
     roles = {*_PARAMETER, *_GRADIENT, _HVP}
     start, end = _FORMS
     found: dict[str, dict[str, str]] = {}
@@ -137,7 +137,7 @@ def _belong(names: Mapping[str, str], parameters: Mapping[str, str], tensors: Ma
 
 
 def left_out(key: str, selected: Collection[str], others: Collection[str]) -> list[str]:
-    """Return the keys that look like the rest of a family of which a key selects a part.
+    """Return the keys that resemble a family of keys, if a key selects only a part of it.
 
     These are keys that differ from it in its last number, or in what follows a word such as ``param``.
 

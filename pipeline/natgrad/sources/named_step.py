@@ -1,7 +1,7 @@
 """Describe a step by the names of its keys: parameters, gradients, numbers, and the state of the optimizer.
 
-The files of a run usually differ in their values only. What the keys mean is found once for files with the same
-keys, shapes and dtypes: an `_Interpretation`, which contains no values. A file that differs has its own.
+The files of a run usually differ only in their values. The meaning of the keys is found once for files with the
+same keys, shapes and dtypes: an `_Interpretation`, which contains no values. A file that differs has its own.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class _Interpretation:
         return found
 
     def arrays(self, container: Container) -> _Arrays:
-        """Return what the keys of the tensors mean. An error names the step of this container, and is not kept."""
+        """Return the meaning of the keys of tensors. An error names the step of this container, and is not kept."""
         if self._arrays is None:
             used = {key for candidates in self.candidates.values() for keys in candidates for key in keys}
             self._arrays = _Arrays(container, self.names, used)
@@ -250,7 +250,7 @@ class _Arrays:
                 and logged.dtype in STORAGE_DTYPES
             }
             families = usual_families(free)
-            if len(families) == 1 and STATES[0] not in rooted:  # the name of the file says what it contains
+            if len(families) == 1 and STATES[0] not in rooted:  # the name of the file indicates its contents
                 families = dict.fromkeys(rooted[:1], *families.values())
             found = {array: self._floats(array, names, ROOT) for array, (_, names) in families.items()}
             self._families = {array: key for array, (key, _) in families.items()}

@@ -240,7 +240,7 @@ def role_of(name: str) -> str:
 
 
 def is_content(name: str) -> bool:
-    """Return True if a name says that it is that of parameters, gradients or states.
+    """Return True if a name indicates parameters, gradients or states.
 
     Examples
     --------

@@ -1,7 +1,7 @@
-"""Store runs without states: the inner products of their updates were recorded, or computed outside of a pass.
+"""Store runs without states, whose inner products were recorded, or computed outside of a pass.
 
 The folder of such a run has the ledger, and ``steps.zarr`` instead of ``trajectory.zarr``: a `Trajectory` with the
-numbers of each step, and no arrays of elements. The ledger cannot be computed again, so that only the functions of
+numbers of each step, and no arrays of elements. The ledger cannot be computed again, so only the functions of
 this module write it.
 
 **Commit rule.** The updates are written to the ledger first. Then the record of the steps makes them visible. The

@@ -163,7 +163,7 @@ def assert_condition(found, singular, basis=1.0):
     """Compare a condition number with that of the matrix with these singular values.
 
     Each column of the matrix is rounded like a product of as many terms, and the error of its smallest singular
-    value is the rounding error of its largest. In a basis with another condition number than 1 (SOAP computes it in
+    value is the rounding error of its largest. In a basis whose condition number is not 1 (SOAP computes it in
     float32), the values are those of the diagonal times at most the squares of the singular values of the basis
     (Ostrowski).
     """

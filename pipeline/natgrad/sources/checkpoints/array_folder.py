@@ -48,7 +48,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _is_step(path: Path) -> bool:
-    """Return True if a folder contains files of one step, named after what they are."""
+    """Return True if a folder contains files of one step, whose names indicate their contents."""
     if not path.is_dir():
         return False
     files = [file for file in _files(path) if file.suffix in (".npy", *_OPENERS)]
@@ -122,7 +122,7 @@ class ArrayFolder(SeveralFiles):
         elif path.suffix in self._openers:
             role = role_of(path.stem)
             if role == "other":
-                self.unread[relative.as_posix()] = "its name says that it contains neither the model nor gradients"
+                self.unread[relative.as_posix()] = "its name indicates neither the model nor gradients"
                 return
             container = self._openers[path.suffix](LoggedStep(self.step.number, LocalStorage(path)))
             _, rename = names.of_part(role, container)

@@ -1,6 +1,6 @@
 """Read pickles of plain containers with NumPy arrays, as ``pickle.dump`` writes them, without executing anything.
 
-`natgrad.sources.checkpoints.pickle_data` interprets the opcodes. The only functions that have a meaning are those
+`natgrad.sources.checkpoints.pickle_data` interprets the opcodes. The only functions that are interpreted are those
 that rebuild arrays, dtypes and scalars of NumPy, arrays of JAX, and plain dicts. The pickle is held in memory.
 """
 
