@@ -70,7 +70,11 @@ RULES = {
     "'so many of'; write 'this many' or 'as many'": (
         r"\bat most so (?:many|long|much)\b|\bso many of (?:them|it|these)\b"
     ),
-    "'another ... than'; write 'a different ... than'": r"\b(?:another|other) (?:\w+ )?\w+ than\b",
+    "'another ... than'; write 'a different ... than'": (
+        r"\b(?:another|other) (?:(?!is|are|was|were)\w+ )?"
+        r"(?!more|less|fewer|larger|smaller|longer|shorter|greater|higher|lower|later|earlier|older|newer|faster|slower)"
+        r"\w+ than\b"
+    ),
     "'lately'; write 'recently'": r"\blately\b",
     "'put together'; write 'assembled' or 'combined'": r"\bput together\b",
     "'from which on'; write 'above which' or 'after which'": r"\bfrom which on\b",
