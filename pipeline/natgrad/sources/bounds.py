@@ -163,6 +163,11 @@ def shape_of(value: Any, what: str) -> tuple[int, ...]:
     ValueError
         If it is not.
     """
+    if type(value) in (tuple, list) and len(value) <= DIMENSIONS:
+        # The usual case, without the texts for messages.
+        are_lengths = all(type(length) is int and 0 <= length <= _COUNT_LIMIT for length in value)
+        if are_lengths and math.prod(value) <= _COUNT_LIMIT:
+            return tuple(value)
     if not isinstance(value, tuple | list) or len(value) > DIMENSIONS:
         found = f"{len(value)} dimensions" if isinstance(value, tuple | list) else shown(value)
         raise ValueError(f"the shape of {what} is {found}, not a list of at most {DIMENSIONS} lengths")

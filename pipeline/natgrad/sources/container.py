@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Self
 
@@ -130,8 +131,7 @@ class Container:
         if key in self.tensors:
             raise ValueError(f"it contains {shown(key)} twice")
         shape = shape_of(shape, shown(key))
-        bits = re.search(r"\d+", dtype)
-        self.budget.spend(TENSOR_OPERATIONS, len(key), math.prod(shape) * (int(bits[0]) if bits else 8) // 8)
+        self.budget.spend(TENSOR_OPERATIONS, len(key), math.prod(shape) * _bits(dtype) // 8)
         self.tensors[key] = LoggedTensor(shape, dtype)
 
     def read(self, key: str, start: int, out: NDArray[Any]) -> None:
@@ -170,6 +170,13 @@ class Container:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+@lru_cache(maxsize=64)
+def _bits(dtype: str) -> int:
+    """Return the bits of an element, from the name of a dtype; 8 if it contains no number."""
+    bits = re.search(r"\d+", dtype)
+    return int(bits[0]) if bits else 8
 
 
 @contextmanager

@@ -8,6 +8,8 @@ import os
 import tokenize
 import zipfile
 from collections import OrderedDict
+from contextlib import ExitStack
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -46,9 +48,15 @@ def array_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     width = 2 if version == (1, 0) else 4
     length = file.read(width)
     size = integer(int.from_bytes(length, "little"), "the length of a header", most=_HEADER_LIMIT)
-    read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+    return _parsed_header(version == (1, 0), length + file.read(size))
+
+
+@lru_cache(maxsize=1 << 10)
+def _parsed_header(short: bool, header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Parse a header. Many arrays of a log have the same one, and an archive may have thousands."""
+    read = npy.read_array_header_1_0 if short else npy.read_array_header_2_0
     try:
-        shape, fortran, dtype = read(io.BytesIO(length + file.read(size)))
+        shape, fortran, dtype = read(io.BytesIO(header))
     except (tokenize.TokenError, SyntaxError) as error:
         raise ValueError(f"the header of an array is not valid: {error}") from error
     return shape_of(shape, "an array"), fortran, dtype
@@ -71,6 +79,8 @@ class NpzFile(Container):
         """
         super().__init__(step)
         self._member: tuple[str, Any, int] | None = None
+        self._headers: dict[str, tuple[bool, int]] = {}
+        self._stack = ExitStack()
         with read_errors(step, _FORM):
             self._file = step.storage.open()
             try:
@@ -88,8 +98,16 @@ class NpzFile(Container):
         self._file.widen()
 
     def _close_archive(self) -> None:
+        self._stack.close()
         self._archive.close()
         self._file.close()
+
+    @cached_property
+    def _region(self) -> Region:
+        """The bytes of a local file."""
+        descriptor = open_regular(self.step.path)
+        self._stack.callback(os.close, descriptor)
+        return Region(descriptor)
 
     def _describe(self) -> None:
         for member in self._archive.infolist():
@@ -101,8 +119,9 @@ class NpzFile(Container):
                     self.unread[key] = f"it is not an array: its name in the archive does not end with {_SUFFIX}"
                 continue
             with read_errors(self.step, _FORM, key), self._archive.open(member) as file:
-                shape, _, dtype = array_header(file)
+                shape, fortran, dtype = array_header(file)
                 self.add(key, shape, dtype.name)
+                self._headers[key] = dtype.isnative and not (fortran and len(shape) > 1), file.tell()
                 # The sizes of pickled objects are not recorded; their dtype is refused where it is used.
                 if not dtype.hasobject and file.tell() + math.prod(shape) * dtype.itemsize != member.file_size:
                     raise ValueError(
@@ -115,18 +134,12 @@ class NpzFile(Container):
         member = self._archive.getinfo(key + _SUFFIX)
         if member.compress_type != zipfile.ZIP_STORED or self.step.storage.local_path is None:
             return None
+        is_plain, header = self._headers[key]
+        if not is_plain:
+            return None
         with read_errors(self.step, _FORM, key):
-            with self._archive.open(member) as file:
-                shape, fortran, dtype = array_header(file)
-                header = file.tell()
-            if (fortran and len(shape) > 1) or not dtype.isnative:
-                return None
-            descriptor = open_regular(self.step.path)
-            try:
-                start = stored_start(Region(descriptor), member) + header
-            finally:
-                os.close(descriptor)
-        return [ByteRange(self.step.storage, start, math.prod(shape))]
+            start = stored_start(self._region, member) + header
+        return [ByteRange(self.step.storage, start, math.prod(self.tensors[key].shape))]
 
     def close(self) -> None:
         """Close the file."""
@@ -173,26 +186,20 @@ class NpzStack(NpzFile):
     def _describe(self) -> None:
         self._starts: dict[str, int] = {}
         self._streams: OrderedDict[str, tuple[Any, int]] = OrderedDict()
-        self._descriptor = open_regular(self.step.path)
-        try:
-            self._region = Region(self._descriptor)
-            super()._describe()
-            for key in self.tensors:
-                member = self._archive.getinfo(key + _SUFFIX)
+        super()._describe()
+        for key in self.tensors:
+            member = self._archive.getinfo(key + _SUFFIX)
+            is_plain, header = self._headers[key]
+            if not is_plain:
+                raise self._other_order(key)
+            if member.compress_type == zipfile.ZIP_STORED:
                 with read_errors(self.step, _FORM, key):
-                    with self._archive.open(member) as file:
-                        shape, fortran, dtype = array_header(file)
-                        header = file.tell()
-                    if (fortran and len(shape) > 1) or not dtype.isnative:
-                        raise self._other_order(key, fortran)
-                    if member.compress_type == zipfile.ZIP_STORED:
-                        self._starts[key] = stored_start(self._region, member) + header
-        except BaseException:
-            os.close(self._descriptor)
-            raise
+                    self._starts[key] = stored_start(self._region, member) + header
 
-    def _other_order(self, key: str, fortran: bool) -> InputError:
+    def _other_order(self, key: str) -> InputError:
         array, _, tensor = key.partition("/")
+        with self._archive.open(key + _SUFFIX) as file:
+            _, fortran, _ = array_header(file)
         return InputError(
             f"this array is in {'Fortran order' if fortran else 'another byte order'}, in which no single step can "
             "be read",
@@ -235,7 +242,6 @@ class NpzStack(NpzFile):
             file.close()
         self._streams.clear()
         super().close()
-        os.close(self._descriptor)
 
 
 def _fill(file: Any, skip: int, out: NDArray[Any]) -> None:
