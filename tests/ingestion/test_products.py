@@ -1,9 +1,13 @@
 """Test that a log of ledgers becomes a run without states, with each update exactly once."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_last_state import KILLED
 
 import natgrad
 from natgrad.ingestion import ingest
@@ -216,3 +220,21 @@ def test_a_damaged_ledger_is_not_replaced(tmp_path):
     assert damage.array == "gram"
     natgrad.process(tmp_path / "log", out, overwrite=True)
     require_stored(out, {(0, step): record(step) for step in range(3)})
+
+
+@pytest.mark.parametrize("kind", ["longer", "restarted"])
+def test_a_process_that_is_killed_at_any_change_to_files_loses_and_repeats_nothing(tmp_path, kind):
+    log, base = tmp_path / "log", tmp_path / "base"
+    base.mkdir()
+    write(log, range(4)).close()
+    natgrad.ingest(log, base)
+    write(log, range(2, 6) if kind == "restarted" else range(4, 9), seed=kind == "restarted").close()
+    program = [sys.executable, "-c", KILLED, log, base, tmp_path / "killed", "3"]
+    done = subprocess.run([*map(str, program)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 5
+    last = {(0, step): record(step) for step in range(4)}
+    attempt = int(kind == "restarted")
+    last |= {(attempt, step): record(step, seed=attempt) for step in (range(2, 6) if attempt else range(4, 9))}
+    for number in range(int(done.stdout)):
+        require_stored(tmp_path / "killed" / str(number), last)

@@ -340,6 +340,10 @@ def _uncommitted_steps(
             same.append(step)
             continue
         difference, other_scalars = _difference(log, step, state, committed, read=step in to_read)
+        if committed.trajectory.recorded and differing:
+            # A log of ledgers keeps no updates after those that a restarted run has replaced, and the state after
+            # an update has no content that could be compared.
+            difference = difference or "other updates before it"
         if difference:
             differing[step] = difference
             continue

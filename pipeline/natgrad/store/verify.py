@@ -22,6 +22,7 @@ from natgrad.storage import Storage
 from natgrad.store.checked import verify_files
 from natgrad.store.checksums import KnownChecksums, checksum
 from natgrad.store.group import (
+    RECORD_AGAIN,
     OtherVersion,
     chunk_entry,
     document_of,
@@ -284,7 +285,8 @@ def verify_ledger(storage: Storage, states: Trajectory | None = None) -> Iterato
     yield from _verify_metadata(storage, "ledger")
     for name in ledger.by_step:
         if (length := stored_length(storage / name)) != ledger.n_updates:
-            what = f"the array has {length} updates, but {ledger.n_updates} are recorded: run natgrad analyze OUT"
+            again = "process the log again" if ledger.recorded else "run natgrad analyze OUT"
+            what = f"the array has {length} updates, but {ledger.n_updates} are recorded: {again}"
             yield Damage(str(storage / name), what, name)
     for name, texts in ledger.names.items():
         chunk = chunk_entry(storage / name, 0)
@@ -303,7 +305,8 @@ def verify_ledger(storage: Storage, states: Trajectory | None = None) -> Iterato
         for name, found in zip(expected, found_steps, strict=True):
             wrong = np.flatnonzero(found != expected[name][: ledger.n_updates])
             if wrong.size:
-                what = "the steps differ from those of the trajectory: run natgrad analyze OUT again"
+                again = RECORD_AGAIN if ledger.recorded else "run natgrad analyze OUT again"
+                what = f"the steps differ from those of the trajectory: {again}"
                 steps = _first_and_last(states.scalar(STEP), wrong[0], wrong[-1] + 1)
                 yield Damage(str(storage / name), what, name, steps)
     for record in _records(ledger.journal):
