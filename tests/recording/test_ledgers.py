@@ -192,7 +192,6 @@ def test_new_parameter_groups_begin_a_file(tmp_path):
     [
         ({"mode": "fast"}, "mode must be 'full' or 'ledger', got 'fast'"),
         ({"evaluation": "all"}, "evaluation must be 'batch' or 'fixed' or 'unknown'"),
-        ({"mode": "full", "evaluation": "batch"}, "(?s)applies only to ledgers.*--evaluation"),
     ],
 )
 def test_arguments_are_checked(tmp_path, arguments, message):

@@ -14,6 +14,7 @@ import safetensors.numpy
 from numpy.typing import ArrayLike, NDArray
 
 from natgrad.recording.arrays import host_array, numbers_of
+from natgrad.recording.declared import declare
 from natgrad.recording.ledger_writer import require_folder, require_no_ledgers
 from natgrad.recording.pairs_of_states import LedgersOfStates, StateBefore
 from natgrad.schema.arguments import number, real_array, shown
@@ -104,7 +105,7 @@ class Recorder:
         latter are computed when the next step is recorded, so that each step must be recorded, and `close` flushes
         the log.
     evaluation : {"batch", "fixed", "unknown"}
-        What loss and gradient are evaluated on, in a log of ledgers.
+        What loss and gradient are evaluated on. A log of states declares it in ``natgrad.toml``.
 
     Raises
     ------
@@ -155,12 +156,6 @@ class Recorder:
                     f"{name} must be one of {', '.join(map(repr, known))}, got {shown(value)}",
                     remedy="correct the argument",
                 )
-        if mode == "full" and evaluation != "unknown":
-            raise InputError(
-                "evaluation applies only to a log of ledgers",
-                where="argument evaluation",
-                remedy='omit it, and process the log with --evaluation, or pass mode="ledger"',
-            )
         self.folder, self.container = Path(folder), container
         self._ledgers: LedgersOfStates | None = None
         self._names: frozenset[str] = frozenset()
@@ -186,6 +181,8 @@ class Recorder:
                 where=str(self.folder),
                 remedy="use another folder",
             ) from error
+        if evaluation != "unknown":
+            declare(self.folder, "evaluation", evaluation, argument=f"evaluation={evaluation!r}")
 
     def __repr__(self) -> str:
         kind = f"{self.container!r}" if self._ledgers is None else 'mode="ledger"'

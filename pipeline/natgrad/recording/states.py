@@ -11,12 +11,11 @@ import numpy as np
 from natgrad.kernel.updates import portable_products
 from natgrad.recording.arrays import tensor_array
 from natgrad.recording.background import BackgroundWriter
-from natgrad.recording.ledger_writer import require_no_ledgers
+from natgrad.recording.declared import declare
 from natgrad.recording.live import LastUpdate, last_update
 from natgrad.recording.parameters import Selection
 from natgrad.recording.recorder import Recorder
 from natgrad.recording.updates import Update
-from natgrad.schema.errors import InputError
 
 __all__ = ["StateRecording"]
 
@@ -33,6 +32,8 @@ class StateRecording:
         Continue the log in the folder.
     limit : int
         Maximum size of the states that wait to be written, in bytes.
+    evaluation : str
+        One of `natgrad.schema.names.EVALUATIONS`.
 
     Raises
     ------
@@ -42,10 +43,13 @@ class StateRecording:
 
     meaning_of_changes = "the change counts as a part of the update before it"
 
-    def __init__(self, folder: str | Path, every: int, *, resume: bool, limit: int) -> None:
-        self._recorder, self._every = Recorder(folder, resume=resume), every
-        require_no_ledgers(self._recorder.folder)
-        _declare_span(self._recorder.folder, every, resume=resume)
+    def __init__(
+        self, folder: str | Path, every: int, *, resume: bool, limit: int, evaluation: str = "unknown"
+    ) -> None:
+        self._recorder, self._every = Recorder(folder, resume=resume, evaluation=evaluation), every
+        # In pairs of states, updates lead only from one step to the next.
+        span = 1 if every > 1 else None
+        declare(self._recorder.folder, "step_span", span, argument=f"every={every}")
         self._writer = BackgroundWriter(self._record, limit)
 
     @property
@@ -137,20 +141,4 @@ class StateRecording:
             gradient=update.content.get("gradient"),
             loss=loss,
             learning_rate=rates,
-        )
-
-
-def _declare_span(folder: Path, every: int, *, resume: bool) -> None:
-    """State in the mapping file of the log that updates lead only from one step to the next."""
-    path, text = folder / "natgrad.toml", "step_span = 1\n"
-    present = path.read_text() if path.exists() else ""
-    if every > 1 and not present and not (resume and any(folder.glob("step_*"))):
-        path.write_text("# Pairs of states, before and after single updates.\n" + text)
-    elif (every > 1) != (text.strip() in present):
-        raise InputError(
-            f"every={every} does not fit the log in the folder",
-            where=str(path),
-            why="step_span = 1 in this file states that the log contains pairs of states, and its absence that it "
-            "contains all states",
-            remedy="use another folder, or the value of every of the existing log",
         )

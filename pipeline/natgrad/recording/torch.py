@@ -97,8 +97,8 @@ def watch(
         Number of updates before the first recorded state, to continue the log of a training run that was resumed.
         Steps that are recorded again are replaced. Default: 0, in a folder without steps.
     evaluation : {"batch", "fixed", "unknown"}
-        In a log of ledgers: declare that the losses and gradients of steps belong to changing mini-batches, or to
-        one objective. For states, this is an option of `natgrad.process`.
+        Declare that the losses and gradients of steps belong to changing mini-batches, or to one objective. The
+        option of `natgrad.process` takes precedence.
     on_error : {"warn", "raise"}
         With "warn", an error ends the recording with a warning, and the training continues. With "raise", it
         is raised in the training loop.
@@ -141,12 +141,6 @@ def watch(
     _require_choice("on_error", on_error, ("warn", "raise"))
     _require_choice("mode", mode, ("full", "ledger"))
     _require_choice("evaluation", evaluation, EVALUATIONS)
-    if mode == "full" and evaluation != "unknown":
-        raise InputError(
-            "evaluation applies only to ledgers",
-            where="argument evaluation",
-            remedy="pass it to natgrad.process (--evaluation)",
-        )
     try:
         start = number(0 if first_step is None else first_step, int, minimum=0)
         limit, interval = number(buffer_bytes, int, minimum=0), number(every, int, minimum=1)
@@ -176,7 +170,7 @@ def watch(
         if shards is not None or not distributed or torch.distributed.get_rank() == 0:
             recording = LedgerRecording(folder, interval, resume=resume, evaluation=evaluation, shards=shards)
     elif not distributed or torch.distributed.get_rank() == 0:
-        recording = StateRecording(folder, interval, resume=resume, limit=limit)
+        recording = StateRecording(folder, interval, resume=resume, limit=limit, evaluation=evaluation)
     return Watch(optimizers, names, recording, start, raises=on_error == "raise")
 
 

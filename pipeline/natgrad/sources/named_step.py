@@ -439,6 +439,7 @@ class NamedStep:
             alignment=self._alignment(found.logged, scalars),
             aliases=found.aliases,
             absent=absent,
+            evaluation=self._names.evaluation,
         )
 
     def read(self, array: str, tensor: str, start: int, out: NDArray[Any]) -> None:

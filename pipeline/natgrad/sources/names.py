@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from natgrad.schema.errors import InputError
-from natgrad.schema.names import HESSIAN_NUMBERS, REPLICATE_STATES, REPLICATES, SCALARS, STATES
+from natgrad.schema.names import EVALUATIONS, HESSIAN_NUMBERS, REPLICATE_STATES, REPLICATES, SCALARS, STATES
 from natgrad.sources.bounds import parse_toml
 from natgrad.sources.container import Container
 from natgrad.sources.families import ANY_NAME
@@ -83,6 +83,8 @@ class Names:
     step_span : int
         Number of steps between the states before and after an update, if not all states are connected; see
         `LoggedStep`.
+    evaluation : str
+        What loss and gradient are evaluated on, one of `natgrad.schema.names.EVALUATIONS`.
 
     Examples
     --------
@@ -99,6 +101,7 @@ class Names:
     late: str = ""
     pattern: str = ""
     step_span: int = 0
+    evaluation: str = EVALUATIONS[-1]
 
     @property
     def naming(self) -> Naming:
@@ -188,10 +191,11 @@ class Names:
             raise InputError(f"cannot read the mapping file: {error}", where=str(path)) from error
         mapping, inert, order = table.pop("map", {}), table.pop("inert", []), table.pop("order", [])
         optimizer, pattern = table.pop("optimizer", {}), table.pop("pattern", "")
-        span = table.pop("step_span", 0)
+        span, evaluation = table.pop("step_span", 0), table.pop("evaluation", self.evaluation)
         if pattern:
             checked_pattern(str(pattern), str(path))
         valid = isinstance(inert, list) and isinstance(order, list) and type(span) is int and span >= 0
+        valid = valid and evaluation in EVALUATIONS
         if table or not isinstance(mapping, dict) or not valid or not _valid_options(optimizer):
             raise InputError(
                 f"the mapping file has {'unknown keys: ' + ', '.join(table) if table else 'invalid values'}",
@@ -200,7 +204,8 @@ class Names:
                 'order = ["tensor"]; [optimizer] may contain compute_method = "eigen" or "inverse", '
                 "start_preconditioning_step = N and decoupled_weight_decay = true or false; "
                 'pattern = "...{step}..." gives the names of steps, and '
-                "step_span = N the number of steps between the two states of an update",
+                "step_span = N the number of steps between the two states of an update, and "
+                f"evaluation what loss and gradient are evaluated on ({', '.join(EVALUATIONS)})",
             )
         return replace(
             self.mapped(mapping, str(path)),
@@ -209,6 +214,7 @@ class Names:
             optimizer={**self.optimizer, **optimizer},
             pattern=str(pattern) or self.pattern,
             step_span=span or self.step_span,
+            evaluation=evaluation,
         )
 
 
