@@ -64,6 +64,14 @@ def failing():
     return objective
 
 
+def changing():
+    def objective(tensors):
+        loss, gradients = Quartic()(tensors)
+        return loss, gradients if tensors["a"][0] > 0.49 else {"a": gradients["a"]}
+
+    return objective
+
+
 def refused():
     raise RuntimeError("there are no data")
 
@@ -111,3 +119,27 @@ def linear():
     return natgrad.TorchObjective(
         torch.nn.Linear(3, 2), lambda module, batch: (module(batch[0]) - batch[1]).square(), [(x, y)]
     )
+
+
+STEPS = (0, 1, 2, 4, 8)
+
+
+def trained(steps=STEPS):
+    """Return the parameters of a run of gradient descent by step."""
+    quartic, tensors, found = Quartic(), {"a": np.linspace(0.5, 1.0, 3), "b": np.ones(2)}, {}
+    for step in range(max(steps) + 1):
+        if step in steps:
+            found[step] = tensors
+        _, gradients = quartic(tensors)
+        tensors = {name: array - 0.02 * gradients[name] for name, array in tensors.items()}
+    return found
+
+
+def write(folder, states, rate=None, **others):
+    """Write the parameters of a run, and other arrays of each state."""
+    folder.mkdir(exist_ok=True)
+    for step, tensors in states.items():
+        arrays = {f"parameter/{name}": array for name, array in tensors.items()} | others
+        if rate is not None:
+            arrays["learning_rate"] = np.float64(rate)
+        np.savez(folder / f"step_{step}.npz", **arrays)

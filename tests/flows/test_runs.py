@@ -1,10 +1,12 @@
 """Test the flows on Prefect's embedded server, one for all tests of this file."""
 
+import json
 import os
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from natgrad.schema.errors import InputError
 from natgrad.sources import changes
 from natgrad.storage import open_out, open_storage
 from natgrad.store import open_trajectory
+from objective_factories import trained, write
 from servers import wait_for
 
 prefect = Lazy("prefect")
@@ -69,6 +72,19 @@ def test_the_flow_gives_the_same_results_as_the_command_line(log, tmp_path):
     xr.testing.assert_identical(one, other)
     assert summary["updates"] == 7
     assert (tmp_path / "by-flow" / "report.html").exists()
+
+
+def test_the_flow_of_a_replay_gives_the_results_of_the_function(tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[1])
+    write(tmp_path / "log", trained((0, 1, 2)))
+    options = {"objective": "objective_factories:quartic", "workers": 1}
+    summary = runs.replay_run(tmp_path / "log", tmp_path / "by-flow", **options)
+    natgrad.replay(tmp_path / "log", tmp_path / "by-hand", **options)
+    one, other = (natgrad.open_results(tmp_path / name) for name in ("by-flow", "by-hand"))
+    xr.testing.assert_identical(one["model"].to_dataset(), other["model"].to_dataset())
+    assert (summary["gradient_source"], summary["new_evaluations"]) == ("replayed", 3)
+    rows = {row["quantity"]: row["value"] for row in json.loads(artifacts("replayed-by-flow")[0])}
+    assert rows["gradient_source"] == "replayed"
 
 
 def test_run_names_and_artifacts_identify_the_run(log, tmp_path):

@@ -180,3 +180,26 @@ def test_without_numba_the_products_are_those_of_numpy():
     done = subprocess.run([sys.executable, "-c", WITHOUT_NUMBA], capture_output=True, text=True, check=True)
     expected = [[0.0, 0.0, 0.0, 0.0], [0.0, 5.0, -5.0, 0.0], [0.0, -5.0, 5.0, 0.0], [0.0, 0.0, 0.0, 0.0]]
     assert done.stdout.strip() == f"{expected} [-1.0] False"
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "with_hvp"),
+    [(("float64", "float64"), True), (("float32", "float64"), False), (("bfloat16", "float32"), True)],
+)
+def test_products_of_updates_with_both_gradients_are_exact_to_rounding(dtypes, with_hvp):
+    rng = np.random.default_rng(0)
+    shapes = [(3,), (0, 2), (SEGMENT // 1000 + 1, 1000), ()]
+    before, after, slope, following, hvp = (
+        [rng.standard_normal(shape).astype(DTYPES[dtypes[index > 1]]) for shape in shapes] for index in range(5)
+    )
+    found, ratio = updates.update_products(before, after, slope, following, hvp if with_hvp else None)
+    assert found.shape == (4, 5 + with_hvp, 5 + with_hvp)
+    assert not found[1].any()
+    for tensor in (0, 2, 3):
+        arrays = [kind[tensor].astype(np.float64) for kind in (before, after, slope, following)]
+        expected = exact_gram(exact_vectors(*arrays, ratio[tensor], hvp[tensor] if with_hvp else None))
+        norms = np.sqrt(np.diagonal(expected))
+        # The gradient is summed as its two parts, so that their norms bound the errors.
+        norms[[2, 4]] = norms[2] + norms[4] + abs(ratio[tensor]) * norms[1]
+        bound = 2.0 * ledger_sums.roundoff_bound(arrays[0].size) * np.outer(norms, norms)
+        assert (abs(found[tensor] - expected) <= bound).all()

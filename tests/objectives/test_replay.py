@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import xarray as xr
 
 import natgrad
 import objective_factories
@@ -17,30 +18,10 @@ from natgrad.objectives.replay import LogOptions, evaluate_log
 from natgrad.schema.errors import InputError
 from natgrad.sources.replayed import Replays
 from natgrad.storage import LocalStorage
+from objective_factories import STEPS, trained, write
 
 FOLDER = str(Path(objective_factories.__file__).parent)
-STEPS = (0, 1, 2, 4, 8)
 GRADIENT_ALONE = Curvature()
-
-
-def trained(steps=STEPS):
-    """Return the parameters of a run by step."""
-    quartic, tensors, found = objective_factories.Quartic(), {"a": np.linspace(0.5, 1.0, 3), "b": np.ones(2)}, {}
-    for step in range(max(steps) + 1):
-        if step in steps:
-            found[step] = tensors
-        _, gradients = quartic(tensors)
-        tensors = {name: array - 0.02 * gradients[name] for name, array in tensors.items()}
-    return found
-
-
-def write(folder, states, rate=None, **others):
-    folder.mkdir(exist_ok=True)
-    for step, tensors in states.items():
-        arrays = {f"parameter/{name}": array for name, array in tensors.items()} | others
-        if rate is not None:
-            arrays["learning_rate"] = np.float64(rate)
-        np.savez(folder / f"step_{step}.npz", **arrays)
 
 
 @pytest.fixture
@@ -67,7 +48,7 @@ def evaluated(log, tmp_path, factory="quartic", curvature=GRADIENT_ALONE, **keyw
         objective=f"objective_factories:{factory}",
         folder=FOLDER,
         curvature=curvature,
-        **keywords,
+        **{"keep_gradients": True, **keywords},
     )
 
 
@@ -80,7 +61,7 @@ def gradients_of(replays, step):
 def test_each_state_is_evaluated_once(log, tmp_path):
     done = []
     found = evaluated(log, tmp_path, progress=lambda *numbers: done.append(numbers))
-    assert done == [(number, 5) for number in range(1, 6)]
+    assert done[-1] == (5, 5)
     assert found["new_evaluations"] == found["evaluations"] == 5
     assert (found["repeated_evaluations"], found["probe_evaluations"]) == (0, 1)
     assert found["determinism"] == {"equal_bits": True, "gradient": 0.0, "loss": 0.0}
@@ -97,10 +78,10 @@ def test_each_state_is_evaluated_once(log, tmp_path):
 def test_new_states_of_a_log_are_evaluated_alone(tmp_path):
     write(tmp_path / "log", trained((0, 1)))
     curvature = Curvature(hvp=True)
-    assert evaluated(tmp_path / "log", tmp_path, curvature=curvature)["new_evaluations"] == 3
+    assert evaluated(tmp_path / "log", tmp_path, curvature=curvature)["new_evaluations"] == 2
     write(tmp_path / "log", trained((2,)))
     found = evaluated(tmp_path / "log", tmp_path, curvature=curvature)
-    assert (found["new_evaluations"], found["evaluations"], found["repeated_evaluations"]) == (2, 3, 0)
+    assert (found["new_evaluations"], found["evaluations"], found["repeated_evaluations"]) == (1, 3, 0)
     assert replays_of(tmp_path).numbers() == ({0, 1, 2}, {0, 1})
 
 
@@ -203,6 +184,50 @@ def test_the_product_is_that_at_the_state_without_a_point(log, tmp_path):
     assert "taylor_point" not in found
 
 
+# Inner products ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("workers", "repeated"), [(1, 0), (2, 1), (9, 3)])
+def test_reduced_states_are_evaluated_once_except_at_the_edges_of_ranges(log, tmp_path, workers, repeated):
+    found = evaluated(log, tmp_path, keep_gradients=False, workers=workers)
+    assert (found["evaluations"], found["repeated_evaluations"]) == (5 + repeated, repeated)
+    assert found["probe_evaluations"] == 1
+    assert replays_of(tmp_path).numbers() == (set(), {0, 1, 2, 4})
+    assert evaluated(log, tmp_path, keep_gradients=False)["new_evaluations"] == 0
+
+
+def test_the_last_state_is_evaluated_again_for_the_next_update(tmp_path):
+    write(tmp_path / "log", trained((0, 1, 2)))
+    evaluated(tmp_path / "log", tmp_path, keep_gradients=False)
+    write(tmp_path / "log", trained((4,)))
+    found = evaluated(tmp_path / "log", tmp_path, keep_gradients=False)
+    assert (found["new_evaluations"], found["repeated_evaluations"]) == (2, 1)
+
+
+def test_updates_that_are_complete_are_not_evaluated_again(log, tmp_path):
+    evaluated(log, tmp_path, keep_gradients=False)
+    replays_of(tmp_path).update(1).delete()
+    assert evaluated(log, tmp_path, keep_gradients=False)["new_evaluations"] == 2
+
+
+def test_states_between_which_no_update_leads_are_not_connected(tmp_path):
+    write(tmp_path / "log", trained((0, 1, 4, 5)))
+    (tmp_path / "log" / "natgrad.toml").write_text("step_span = 1\n")
+    evaluated(tmp_path / "log", tmp_path, keep_gradients=False)
+    assert replays_of(tmp_path).numbers() == (set(), {0, 4})
+
+
+def test_other_gradients_at_a_later_state_are_refused(log, tmp_path):
+    with pytest.raises(InputError, match="different gradients than at the state before"):
+        evaluated(log, tmp_path, "changing", keep_gradients=False)
+
+
+def test_progress_counts_updates(log, tmp_path):
+    shown = []
+    evaluated(log, tmp_path, keep_gradients=False, progress=lambda *numbers: shown.append(numbers))
+    assert shown[-1] == (4, 4)
+
+
 # Commands ----------------------------------------------------------------------------------------------------
 
 
@@ -220,11 +245,11 @@ def replay(folder, factory, *more):
 
 
 def test_a_killed_command_loses_the_states_of_its_workers_alone(log, working):
-    done = natgrad_process(*replay(working, "killing_the_command", "--workers", 1))
+    done = natgrad_process(*replay(working, "killing_the_command", "--workers", 1, "--keep-gradients"))
     assert done.returncode == -9
     kept = {path: path.stat().st_mtime_ns for path in (working / "out" / "replay").glob("step_*")}
     assert len(kept) == 1
-    done = command(*replay(working, "killing_the_command", "--workers", 2, "--json"))
+    done = command(*replay(working, "killing_the_command", "--workers", 2, "--keep-gradients", "--json"))
     found = json.loads(done.stdout)
     assert (found["new_evaluations"], found["replay"]["evaluations"]) == (4, 6)
     assert found["replay"]["repeated_evaluations"] == 1
@@ -238,16 +263,28 @@ def test_the_task_of_a_worker_that_dies_runs_again(log, working):
     done = command(*replay(working, "killing_workers", "--workers", 2, "--json"))
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)["replay"]
-    assert found["repeated_evaluations"] >= 2
+    # Two deaths, and the edge between the ranges of two workers.
+    assert found["repeated_evaluations"] >= 3
     assert found["evaluations"] == 5 + found["repeated_evaluations"]
     assert natgrad.open_results(working / "out").attrs["replay"]["evaluations"] == found["evaluations"]
     assert len(list((working / "killed").iterdir())) == 2
 
 
 def test_results_of_uneven_steps_do_not_need_a_learning_rate(log, working):
-    done = command(*replay(working, "quartic", "--workers", 1, "--hvp", "--json"))
+    done = command(*replay(working, "quartic", "--workers", 1, "--taylor-point", "--hessian-eigenvalues", "--json"))
     assert done.returncode == 0, done.stderr
-    results = natgrad.open_results(working / "out")
+    natgrad.replay(
+        log,
+        working / "kept",
+        objective="objective_factories:quartic",
+        workers=1,
+        keep_gradients=True,
+        taylor_point=True,
+        hessian_eigenvalues=True,
+    )
+    results, kept = (natgrad.open_results(working / name) for name in ("out", "kept"))
+    for group in ("model", "tensor"):
+        xr.testing.assert_identical(*(one[group].to_dataset() for one in (results, kept)))
     assert results.attrs["gradient_source"] == "replayed"
     assert results.attrs["evaluation"] == "fixed"
     model = results["model"].to_dataset().sel(window=1, descent="gradient")
@@ -261,10 +298,11 @@ def test_results_of_uneven_steps_do_not_need_a_learning_rate(log, working):
         assert abs(model["angle"].values[index] - np.arccos(min(cosine, 1.0))) < 1e-7
     assert np.isfinite(model["condition_number"]).all()
     assert np.isnan(model["eigenvalue_max"]).all()
-    trajectory = natgrad.open_trajectory(working / "out")
-    assert trajectory.in_place
-    assert not list((working / "out" / "trajectory.zarr" / "parameter").glob("c/*"))
-    assert command("verify", working / "out").returncode == 0
+    assert natgrad.open_trajectory(working / "kept").in_place
+    assert not list((working / "kept" / "trajectory.zarr" / "parameter").glob("c/*"))
+    assert not (working / "out" / "trajectory.zarr").exists()
+    for name in ("out", "kept"):
+        assert command("verify", working / name).returncode == 0
 
 
 def test_evaluations_of_changed_files_are_not_used(log, working):

@@ -31,7 +31,7 @@ class States:
     gradient_source: str = "logged"
     evaluation: str = "unknown"
     storage: str = "a store"
-    read_options: dict | None = None
+    recorded: tuple = ()
 
     @property
     def array_dtypes(self):

@@ -35,7 +35,6 @@ from natgrad.schema.logs import collected_warnings
 from natgrad.schema.names import (
     HVP,
     PRODUCTS,
-    RECORDED_VECTORS,
     REPLICATE_HVP,
     REPLICATE_LOSS,
     REPLICATE_PARAMETER,
@@ -198,8 +197,8 @@ def _gradient_from(found: Diagnosis, values: Mapping[str, Any]) -> dict[str, str
     approaches = {
         "recover": recover,
         "replay": f"{proposal.replay_command}: evaluates an objective of yours at each state, which takes {states} "
-        f"forward and backward passes over its data and about {read:g} s to read the states; OUT then has "
-        f"{states * elements * 4 / 1e9:.3g} GB of gradients",
+        f"forward and backward passes over its data and about {read:g} s to read the states; with "
+        f"--keep-gradients, OUT also has {states * elements * 4 / 1e9:.3g} GB of gradients",
         "record": "natgrad.watch(optimizer, FOLDER) in the training program, for the next run: a pass over the "
         "parameters for each update",
     }
@@ -361,7 +360,7 @@ def _plan(
         replicates=content.replicates,
         partial_reads=True,
         keeps_versions=False,
-        recorded=RECORDED_VECTORS if content.recorded else (),
+        recorded=content.recorded,
     )
     tensors, elements, itemsizes = len(layout.tensors), layout.elements, shape.itemsizes
     entries = len(shape.vectors) ** 2 + len(shape.replicate_vectors) ** 2 + 1

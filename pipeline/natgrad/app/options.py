@@ -899,6 +899,13 @@ class ReplayOptions(RunLogOptions, AnalyzeOptions, OverwriteOptions, total=False
             check=_objective_name,
         ),
     ]
+    keep_gradients: Annotated[
+        bool,
+        Option(
+            "Keep the gradients in OUT, which then has states. By default, workers reduce them to inner products.",
+            False,
+        ),
+    ]
     hvp: Annotated[
         bool,
         Option("Also evaluate the product of the Hessian with each displacement, at the state before it.", False),

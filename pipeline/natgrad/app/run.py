@@ -333,7 +333,7 @@ def _analyze(
         },
     }
     provenance |= {"unfinished": states.unfinished} if states.unfinished else {}
-    if ReadOptions.of(states).is_replayed:
+    if states.gradient_source == REPLAYED:
         provenance["replay"] = Replays(folder.replay).provenance()
     additional = {}
     if states.replicates:
@@ -628,7 +628,8 @@ def replay_run(
             kept = int(begun) if begun.isdecimal() else max(1, usable_processors() // workers)
             executor = executors.processes(workers, values["threads"] or kept)
         else:
-            executor, devices = analysis.executor(stack), ()
+            workers, devices = values["workers"] or usable_processors(), ()
+            executor = analysis.executor(stack)
         evaluated = evaluate_log(
             log,
             replays,
@@ -636,6 +637,8 @@ def replay_run(
             objective=values["objective"],
             folder=str(Path.cwd()),
             curvature=Curvature(values["hvp"], values["taylor_point"], values["hessian_eigenvalues"]),
+            keep_gradients=values["keep_gradients"],
+            workers=workers,
             devices=devices,
             overwrite=values["overwrite"],
             progress=stage(progress, "replay"),
@@ -647,7 +650,7 @@ def replay_run(
             **{name: option.option.default for name, option in options.declared(options.RunOptions).items()},
             **options.selected(options.RunOptions, values),
             "gradient": REPLAYED,
-            "in_place": True,
+            "in_place": values["keep_gradients"],
             "allow_gaps": True,
         },
         overwrite=values["overwrite"],

@@ -56,8 +56,8 @@ class AnalysisSummary(Summary):
     status : mapping of str to int
         Number of updates with each status.
     gradient_source : str
-        Origin of the gradients: ``logged``, ``recorded`` in the training loop without states, ``recovered``, or
-        ``none`` if the log has no gradients.
+        Origin of the gradients: ``logged``, ``recorded`` in the training loop without states, ``recovered``,
+        ``replayed``, or ``none`` if the log has no gradients.
     gradient_recovery : mapping, optional
         For recovered gradients: ``batch``, whether they are ``clipped``, ``rule``, the largest ``error_bound``,
         what the ``check`` proves, its largest ``check_residual``, and the maximum number of ``updates`` between
@@ -164,7 +164,7 @@ class ReplaySummary(ProcessSummary):
     Attributes
     ----------
     new_evaluations : int
-        Number of evaluations of states and updates by this replay.
+        Number of evaluations of states by this replay, without those that test the determinism.
     replay : dict
         Objective, fingerprint, determinism and number of all evaluations; see
         `natgrad.sources.replayed.Replays.provenance`.

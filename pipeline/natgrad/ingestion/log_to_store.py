@@ -34,10 +34,12 @@ from natgrad.schema.logs import logger
 from natgrad.schema.names import (
     ATTEMPT,
     HYPERPARAMETERS,
+    LOGGED,
     METRIC_EIGENVALUES,
     OPTIMIZER_NUMBERS,
-    RECORDED_VECTORS,
+    RECORDED,
     RECOVERY,
+    REPLAYED,
     REPLICATE_LOSS,
     SCALARS,
     SKIPPED,
@@ -412,7 +414,7 @@ def _future_shape(
         replicates=content.replicates,
         partial_reads=store.local_path is not None,
         keeps_versions=store.keeps_versions,
-        recorded=RECORDED_VECTORS if content.recorded else (),
+        recorded=content.recorded,
     )
 
 
@@ -441,7 +443,7 @@ def _matching_trajectory(
             where=where(first),
             remedy="omit --in-place",
         )
-    if trajectory is not None and content.recorded != bool(trajectory.recorded):
+    if trajectory is not None and content.recorded != trajectory.recorded:
         raise InputError(
             f"the log has {'inner products of updates' if content.recorded else 'states'}, but OUT was created "
             f"from {'states' if content.recorded else 'inner products of updates'}",
@@ -472,6 +474,7 @@ def _matching_trajectory(
             "sweep": sweep,
             "tables": tables,
             "evaluation": content.evaluation,
+            "gradient_source": REPLAYED if options.is_replayed else RECORDED if content.recorded else LOGGED,
             "read_options": options.to_json() | ({"step_span": first.step_span} if first.step_span else {}),
         }
         if content.recorded:
@@ -479,10 +482,9 @@ def _matching_trajectory(
                 store,
                 layout,
                 dtypes,
-                RECORDED_VECTORS,
+                content.recorded,
                 updates=len(contents),
                 updates_per_chunk=None if limits.chunk is None else limits.chunk[0],
-                gradient_source="recorded",
                 **described_run,
             )
         created = Trajectory.create(

@@ -472,9 +472,9 @@ def _difference(
         log, [step], [], stores_optimizer(trajectory), trajectory.layout.names, trajectory.has_gradient
     )
     content = described[step]
-    if content.recorded != bool(trajectory.recorded):
+    if content.recorded != trajectory.recorded:
         contains = ("states", "inner products of updates")
-        return f"{contains[not content.recorded]}, and now has {contains[content.recorded]}", False
+        return f"{contains[bool(trajectory.recorded)]}, and now has {contains[bool(content.recorded)]}", False
     if content.arrays["parameter"] != parameters_of(trajectory):
         return "different tensors", False
     before, dtypes = (

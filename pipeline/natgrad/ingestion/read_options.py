@@ -103,11 +103,6 @@ class ReadOptions:
             sources=stored.get("sources"),
         )
 
-    @classmethod
-    def of(cls, trajectory: Trajectory) -> Self:
-        """Return the options of a trajectory."""
-        return cls.from_json(trajectory.read_options or {})
-
     @property
     def recover(self) -> int | None:
         """Maximum number of updates between two states from which a gradient is recovered; None if none is."""

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from natgrad.kernel.ledger_sums import add_segments
 from natgrad.schema.layout import widened
-from natgrad.schema.names import RECORDED_VECTORS, VECTORS
+from natgrad.schema.names import RECORDED_VECTORS, VECTORS, ledger_vectors
 
-__all__ = ["is_compiled", "mark_squares", "portable_products", "refresh_products"]
+__all__ = ["is_compiled", "mark_squares", "portable_products", "refresh_products", "update_products"]
 
 _BLOCK = 1 << 16
 """Elements that `portable_products` converts to float64 at a time."""
@@ -78,6 +78,50 @@ def refresh_products(
     for old, new in zip(before, after, strict=True):
         old[:] = new
     return found
+
+
+def update_products(
+    before: Sequence[NDArray[Any]],
+    after: Sequence[NDArray[Any]],
+    gradient: Sequence[NDArray[Any]],
+    next_gradient: Sequence[NDArray[Any]],
+    hvp: Sequence[NDArray[Any]] | None = None,
+) -> Ledgers:
+    """Compute the products of all vectors of an update, from arrays of both states, with numba.
+
+    Parameters
+    ----------
+    before, after, gradient, next_gradient, hvp : sequences of arrays, one for each tensor
+        Arrays of float16, bfloat16, float32 or float64. Those of a tensor have the same shape. ``hvp`` is the
+        product of the Hessian with the displacement, if it is known.
+
+    Returns
+    -------
+    gram : float64 array, shape (tensors, vectors, vectors)
+        Inner products of the vectors, in the order of `natgrad.schema.names.ledger_vectors`.
+    ratio : float64 array, shape (tensors,)
+        Ratio c of the residual, gradient - c displacement.
+    """
+    from natgrad.kernel import in_situ
+    from natgrad.kernel.gram import products
+
+    count, tensors = len(ledger_vectors(hvp is not None)), len(before)
+    grams, ratios, indices = [np.empty((0, count, count))], [np.empty(0)], [np.empty(0, np.int64)]
+    for tensor in range(tensors):
+        arrays = [
+            [np.ascontiguousarray(one[tensor]).reshape(1, -1) for one in kind]
+            for kind in ((before, after), (gradient, next_gradient), () if hvp is None else (hvp,))
+        ]
+        size = before[tensor].size
+        starts = np.append(np.arange(0, size, in_situ.SEGMENT), size)
+        if not size:
+            continue
+        gram, ratio = np.empty((1, len(starts) - 1, count, count)), np.empty((1, len(starts) - 1))
+        products(arrays[0], arrays[1], starts, gram, ratio, arrays[2] or None)
+        grams.append(gram[0])
+        ratios.append(ratio[0])
+        indices.append(np.full(len(starts) - 1, tensor))
+    return add_segments(tensors, np.concatenate(indices), np.concatenate(grams), np.concatenate(ratios))
 
 
 def portable_products(

@@ -54,6 +54,7 @@ def tensors_of(reader: StepReader, content: StepContent, array: str = STATES[0])
             import ml_dtypes
 
             words = words.view(ml_dtypes.bfloat16)
+        words.flags.writeable = False
         found[name] = words
     return found
 

@@ -58,7 +58,7 @@ class Objective(Protocol):
         Parameters
         ----------
         tensors : mapping of str to array
-            All tensors of the state, including those that are not trained. They may be changed.
+            All tensors of the state, including those that are not trained. They are read-only.
 
         Returns
         -------

@@ -11,8 +11,10 @@ import json
 import math
 import os
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from threading import Event, Thread
 from typing import Any
 
 import numpy as np
@@ -23,8 +25,9 @@ from natgrad.compute.clusters import worker_number
 from natgrad.compute.executors import Executor
 from natgrad.compute.plan import PlanLimits
 from natgrad.compute.work import Call, Work
+from natgrad.kernel.updates import update_products
 from natgrad.objectives.evaluation import Curvature, evaluated_update, gradients_differ, tensors_of
-from natgrad.objectives.objective import evaluate, load_objective, split_name
+from natgrad.objectives.objective import Tensors, evaluate, load_objective, split_name
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import LedgerChunk
 from natgrad.schema.logs import logger
@@ -42,7 +45,10 @@ _log = logger(__name__)
 _DIFFERENT = 1e-3
 """Relative difference of two evaluations at one state above which the objective is refused."""
 
-_kept: dict[str, Any] = {}
+_PROGRESS_SECONDS = 1.0
+"""Time between two reports of the progress."""
+
+_worker_of_process: dict[str, Any] = {}
 """The work of this worker process, with its objective and the steps of the log."""
 
 
@@ -93,6 +99,38 @@ class _Update:
 
 
 @dataclass(frozen=True)
+class _Range:
+    """Task: evaluate the loss and the gradient at consecutive states, and reduce each update to its products.
+
+    Attributes
+    ----------
+    steps : tuple of int
+        The states. Those of updates that are complete are not evaluated.
+    spans : tuple of int
+        For each state but the last, the number of steps to the next one; 0 if no update leads there.
+    probe : bool
+        Evaluate twice at the first state.
+    """
+
+    steps: tuple[int, ...]
+    spans: tuple[int, ...]
+    probe: bool = False
+
+
+_Task = _State | _Update | _Range
+
+
+@dataclass(frozen=True)
+class _Evaluated:
+    """A state with the values of the objective."""
+
+    step: LoggedStep
+    tensors: dict[str, NDArray[Any]]
+    loss: float
+    gradients: dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
 class _Evaluations(Work):
     """The evaluation of an objective at states of a log."""
 
@@ -115,10 +153,12 @@ class _Evaluations(Work):
     def out(self) -> Storage:
         return self.replays.folder.parent
 
-    def compute(self, task: _State | _Update) -> list[str]:
-        """Evaluate a state or an update, and return problems."""
+    def compute(self, task: _Task) -> list[str]:
+        """Evaluate a state, an update or several of them, and return problems."""
         worker = _Worker.of(self)
-        return worker.state(task) if isinstance(task, _State) else worker.update(task)
+        if isinstance(task, _State):
+            return worker.state(task)
+        return worker.update(task) if isinstance(task, _Update) else worker.reduce(task)
 
     def finish(self, chunk: LedgerChunk, digest: str, parts: Sequence[Any]) -> Any:
         return parts[0]
@@ -141,10 +181,11 @@ class _Worker:
     @classmethod
     def of(cls, work: _Evaluations) -> _Worker:
         """Return the worker of this process."""
-        if _kept.get("name") != work.name:
-            _kept.clear()
-            _kept.update(worker=cls(work), name=work.name)
-        worker: _Worker = _kept["worker"]
+        kept = _worker_of_process
+        if kept.get("name") != work.name:
+            kept.clear()
+            kept.update(worker=cls(work), name=work.name)
+        worker: _Worker = kept["worker"]
         return worker
 
     def _require_same(self, own: Mapping[str, Any]) -> None:
@@ -167,22 +208,90 @@ class _Worker:
             )
 
     def state(self, task: _State) -> list[str]:
-        """Evaluate the loss and the gradient at a state."""
-        step = self._steps[task.step]
-        tensors = self._tensors(step)
-        self._note("step", task.step)
-        loss, gradients = evaluate(self._objective, tensors, where(step))
-        problems = []
-        if task.probe:
-            problems = self._probe(step, loss, gradients)
-        arrays = {f"{STATES[1]}/{name}": np.ascontiguousarray(array) for name, array in gradients.items()}
-        texts = source_numbers(step) if self._of_one_step else {}
-        self._write(self._replays.state(task.step), arrays, {"loss": loss}, texts)
+        """Evaluate the loss and the gradient at a state, and keep them."""
+        found, problems = self._evaluated(task.step, probe=task.probe)
+        arrays = {f"{STATES[1]}/{name}": np.ascontiguousarray(array) for name, array in found.gradients.items()}
+        self._write(
+            self._replays.state(task.step), arrays, {"loss": found.loss}, self._numbers_of_source(found.step)
+        )
         return problems
 
-    def _probe(self, step: LoggedStep, loss: float, gradients: Mapping[str, NDArray[Any]]) -> list[str]:
+    def reduce(self, task: _Range) -> list[str]:
+        """Evaluate consecutive states, and keep the inner products of each update. Two states are in memory."""
+        complete = self._replays.numbers()[1]
+        before: _Evaluated | None = None
+        problems: list[str] = []
+        for number, span in zip(task.steps, task.spans, strict=False):
+            if not span or number in complete:
+                continue
+            if before is None or before.step.number != number:
+                before, found = self._evaluated(number, probe=task.probe and not problems and before is None)
+                problems += found
+            after, found = self._evaluated(number + span)
+            problems += [*found, *self._reduced(before, after)]
+            before = after
+        return problems
+
+    def _reduced(self, before: _Evaluated, after: _Evaluated) -> list[str]:
+        """Keep the inner products of an update."""
+        names = list(before.gradients)
+        dtypes = [array.dtype.name for array in before.gradients.values()]
+        own, problems, scalars, hvp = {"names": names, "dtypes": dtypes}, list[str](), dict[str, float](), None
+        if not self._replays.write_document("tensors", own) and self._replays.document("tensors") != own:
+            raise InputError(
+                "the objective returns different gradients than at the states before",
+                where=where(before.step),
+                why=f"the tensors are {names[:4]}, of {dtypes[:4]}",
+                remedy="return the gradients of the same tensors, in the same order and dtypes, at each state",
+            )
+        if list(after.gradients) != names:
+            raise InputError(
+                "the objective returns different gradients than at the state before",
+                where=where(after.step),
+                remedy="return the gradients of the same tensors, in the same order, at each state",
+            )
+        if self._work.curvature:
+            self._note("update", before.step.number)
+            found, scalars, problems = evaluated_update(
+                self._objective,
+                before.tensors,
+                after.tensors,
+                before.loss,
+                before.gradients,
+                self._work.curvature,
+                f"{where(before.step)} to step {after.step.number}",
+            )
+            hvp = [found[name] for name in names] if found else None
+        gram, ratio = update_products(
+            [before.tensors[name] for name in names],
+            [after.tensors[name] for name in names],
+            [before.gradients[name] for name in names],
+            [after.gradients[name] for name in names],
+            hvp,
+        )
+        scalars |= {"loss": before.loss, "next_loss": after.loss, "following": after.step.number}
+        texts = self._numbers_of_source(before.step)
+        texts |= {f"next_{name}": text for name, text in self._numbers_of_source(after.step).items()}
+        self._write(self._replays.update(before.step.number), {"gram": gram, "ratio": ratio}, scalars, texts)
+        return problems
+
+    def _evaluated(self, number: int, *, probe: bool = False) -> tuple[_Evaluated, list[str]]:
+        """Evaluate the loss and the gradient at a state."""
+        step = self._steps[number]
+        tensors = self._tensors(step)
+        self._note("step", number)
+        loss, gradients = evaluate(self._objective, tensors, where(step))
+        problems = self._probe(step, tensors, loss, gradients) if probe else []
+        return _Evaluated(step, tensors, loss, gradients), problems
+
+    def _numbers_of_source(self, step: LoggedStep) -> dict[str, str]:
+        return source_numbers(step) if self._of_one_step else {}
+
+    def _probe(
+        self, step: LoggedStep, tensors: Tensors, loss: float, gradients: Mapping[str, NDArray[Any]]
+    ) -> list[str]:
         self._note("probe", step.number)
-        again, others = evaluate(self._objective, self._tensors(step), where(step))
+        again, others = evaluate(self._objective, tensors, where(step))
         difference = gradients_differ(gradients, others)
         same_loss = loss == again or (math.isnan(loss) and math.isnan(again))
         off = 0.0 if same_loss else abs(again - loss) / max(abs(loss), abs(again))
@@ -262,6 +371,8 @@ def evaluate_log(
     objective: str,
     folder: str,
     curvature: Curvature,
+    keep_gradients: bool = False,
+    workers: int = 1,
     devices: Sequence[str] = (),
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -280,6 +391,10 @@ def evaluate_log(
     folder : str
         Folder in which modules are found in addition to installed ones.
     curvature : Curvature
+    keep_gradients : bool
+        Keep the gradients. Otherwise a worker reduces them to inner products immediately.
+    workers : int
+        Number of workers, among which the states are divided if gradients are not kept.
     devices : sequence of str
         Devices of CUDA for the workers of this machine, in turn.
     overwrite : bool
@@ -305,7 +420,9 @@ def evaluate_log(
             replays.folder.delete_entries(
                 [name for name in names if name.endswith((".safetensors", ".json", ".log"))]
             )
-        _require_same_request(replays, {"objective": objective, **asdict(curvature)})
+        _require_same_request(
+            replays, {"objective": objective, "keep_gradients": keep_gradients, **asdict(curvature)}
+        )
         source = log.open()
         steps = list(source.steps())
         if any(step.run for step in steps):
@@ -319,29 +436,85 @@ def evaluate_log(
         work = _Evaluations(
             log, replays, objective, folder, tuple(devices), curvature, f"replay-{uuid.uuid4().hex}"
         )
-        states, updates = replays.numbers()
-        missing = [step.number for step in steps if step.number not in states]
         probe = not replays.document("determinism")
-        # The Hessian for an update needs the evaluation of its state.
-        groups: list[list[_State | _Update]] = [
-            [_State(number, probe and number == missing[0]) for number in missing],
-            [
-                _Update(one.number, other.number)
-                for one, other in itertools.pairwise(steps)
-                if curvature and one.number not in updates and one.step_span in (0, other.number - one.number)
-            ],
+        spans = [
+            other.number - one.number if one.step_span in (0, other.number - one.number) else 0
+            for one, other in itertools.pairwise(steps)
         ]
-        done, total = 0, sum(len(tasks) for tasks in groups)
-        no_digests = dict.fromkeys(range(total), "")
-        for tasks in filter(None, groups):
-            items = [Call(LedgerChunk(index, index + 1), (task,)) for index, task in enumerate(tasks)]
-            for problems in executor(work, items, lambda: no_digests):
-                done += 1
-                for problem in problems:
-                    _log.warning("%s", problem)
-                if progress is not None:
-                    progress(done, total)
-        return {"new_evaluations": done, **replays.provenance()}
+        numbers = [step.number for step in steps]
+        if keep_gradients:
+            groups = _kept(numbers, spans, *replays.numbers(), bool(curvature), probe)
+        else:
+            groups = [_reduced(numbers, spans, replays.numbers()[1], workers, probe)]
+        before = replays.provenance()["evaluations"]
+        no_digests = dict.fromkeys(range(len(steps)), "")
+        with _progress(replays, groups, progress):
+            for tasks in filter(None, groups):
+                items = [Call(LedgerChunk(index, index + 1), (task,)) for index, task in enumerate(tasks)]
+                for problems in executor(work, items, lambda: no_digests):
+                    for problem in problems:
+                        _log.warning("%s", problem)
+        found = replays.provenance()
+        return {"new_evaluations": found["evaluations"] - before, **found}
+
+
+@contextmanager
+def _progress(
+    replays: Replays, groups: Sequence[Sequence[_Task]], progress: Callable[[int, int], None] | None
+) -> Iterator[None]:
+    """Report the number of new files while tasks run: a task may write many of them, and take hours."""
+    if progress is None:
+        yield
+        return
+    first = sum(map(len, replays.numbers()))
+    total = sum(len(task.steps) - 1 if isinstance(task, _Range) else 1 for tasks in groups for task in tasks)
+    ended, shown = Event(), -1
+
+    def show() -> None:
+        nonlocal shown
+        done = sum(map(len, replays.numbers())) - first
+        if done != shown:
+            shown = done
+            progress(done, total)
+
+    def watch() -> None:
+        while not ended.wait(_PROGRESS_SECONDS):
+            show()
+
+    watcher = Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()
+        show()
+
+
+def _kept(
+    numbers: Sequence[int], spans: Sequence[int], states: set[int], updates: set[int], curvature: bool, probe: bool
+) -> list[list[_Task]]:
+    """Return a task for each state without an evaluation, and then one for each update, which needs that."""
+    missing = [number for number in numbers if number not in states]
+    of_updates = [
+        _Update(number, number + span)
+        for number, span in zip(numbers, spans, strict=False)
+        if curvature and span and number not in updates
+    ]
+    return [[_State(number, probe and number == missing[0]) for number in missing], list(of_updates)]
+
+
+def _reduced(
+    numbers: Sequence[int], spans: Sequence[int], updates: set[int], workers: int, probe: bool
+) -> list[_Task]:
+    """Return a task for each worker, with about as many consecutive states without products for each."""
+    missing = [index for index, span in enumerate(spans) if span and numbers[index] not in updates]
+    found: list[_Task] = []
+    for part in np.array_split(np.array(missing, np.int64), min(workers, len(missing)) or 1):
+        if len(part):
+            low, high = int(part[0]), int(part[-1]) + 1
+            found.append(_Range(tuple(numbers[low : high + 1]), tuple(spans[low:high]), probe and not found))
+    return found
 
 
 def _require_same_request(replays: Replays, request: Mapping[str, Any]) -> None:

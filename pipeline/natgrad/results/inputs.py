@@ -19,6 +19,7 @@ from natgrad.schema.logs import logger
 from natgrad.schema.names import (
     ATTEMPT,
     HESSIAN_NUMBERS,
+    HVP,
     METRIC_EIGENVALUES,
     OPTIMIZER_NUMBERS,
     RUN,
@@ -308,6 +309,8 @@ def update_table(
     loss = states.scalar("loss")
     logged = np.full(len(attempts), states.has_gradient)
     logged[[state for state, names in states.lacking().items() if "gradient" in names]] = False
+    # Without states, the products with the gradient change belong to the update itself.
+    after = logged[updates if "gradient_change" in states.recorded else updates + 1]
     recovery = Recovery.of(states, updates)
     # Each recovered gradient belongs to the mini-batch of its update.
     declared = "batch" if recovery is not None else states.evaluation
@@ -322,7 +325,7 @@ def update_table(
         loss=loss[updates],
         next_loss=loss[updates + 1],
         learning_rate=rates,
-        dtypes={"gradient": states.array_dtypes["parameter"], **states.array_dtypes, **states.dtypes},
+        dtypes=_dtypes(states),
         attempts=attempts[updates],
         hessian_min_eigenvalue=states.scalar("hessian_min_eigenvalue")[updates],
         **{name: states.scalar(name)[updates] if name in states.scalars else None for name in HESSIAN_NUMBERS[1:]},
@@ -335,9 +338,15 @@ def update_table(
         evaluation=declared if evaluation == "unknown" else evaluation,
         origin=states.gradient_source,
         recovery=recovery,
-        gradient_logged=np.stack([logged[updates], logged[updates + 1]], axis=1),
+        gradient_logged=np.stack([logged[updates], after], axis=1),
         skipped=states.scalar(SKIPPED)[updates] == 1.0 if SKIPPED in states.scalars else None,
     )
+
+
+def _dtypes(states: Trajectory) -> dict[str, str]:
+    """Return the dtype of each array, or of the one that it is computed from."""
+    found = {"gradient": states.array_dtypes["parameter"], **states.array_dtypes, **states.dtypes}
+    return {HVP: found["gradient"], **found} if HVP in states.recorded else found
 
 
 def _weight_decay(

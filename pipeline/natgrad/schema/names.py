@@ -21,6 +21,7 @@ __all__ = [
     "OPTIMIZER_NUMBERS",
     "OPTIMIZER_STATES",
     "PRODUCTS",
+    "RECORDED",
     "RECORDED_VECTORS",
     "RECOVERY",
     "REPLAYED",
@@ -137,7 +138,7 @@ HYPERPARAMETERS = ("tensor_learning_rate", TENSOR_WEIGHT_DECAY)
 WITHOUT_STATE = (*HYPERPARAMETERS, *RECOVERY)
 """Optimizer numbers that are stored with or without the rest of the state."""
 
-LOGGED, FROM_OPTIMIZER, REPLAYED = "logged", "from-optimizer", "replayed"
+LOGGED, FROM_OPTIMIZER, REPLAYED, RECORDED = "logged", "from-optimizer", "replayed", "recorded"
 
 GRADIENTS = (LOGGED, FROM_OPTIMIZER, REPLAYED)
 """Where the gradients of a log come from: the log, the differences between the states of its optimizer, or the

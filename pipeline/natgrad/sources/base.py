@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +28,7 @@ __all__ = [
     "StepContent",
     "StepReader",
     "Unshaped",
+    "joined_placement",
 ]
 
 # Contents of a log --------------------------------------------------------------------------------------------
@@ -99,9 +100,9 @@ class StepContent:
     absent : mapping
         Quantities whose key the user specified, but which the step does not have, and the error for each. Only the
         last step of a run may lack them.
-    recorded : bool
-        The step has the inner products of the update from it (`Recorded`). The elements of its arrays cannot be
-        read.
+    recorded : tuple of str
+        Vectors of the inner products of the update from the step, if it has them (`Recorded`). The elements of its
+        arrays cannot be read then.
     evaluation : str
         Data that loss and gradient are evaluated on, one of `natgrad.schema.names.EVALUATIONS`.
     """
@@ -119,7 +120,7 @@ class StepContent:
     alignment: str = ""
     aliases: Mapping[str, str] = field(default_factory=dict)
     absent: Mapping[str, InputError] = field(default_factory=dict)
-    recorded: bool = False
+    recorded: tuple[str, ...] = ()
     evaluation: str = "unknown"
 
     @property
@@ -183,6 +184,31 @@ class Ranged(Protocol):
         ...
 
 
+def joined_placement(arrays: Collection[str], owner: Callable[[str], StepReader]) -> Placement | None:
+    """Return where the ranges of some arrays of several readers begin; see `Ranged.placement`.
+
+    Parameters
+    ----------
+    arrays : collection of str
+    owner : callable
+        Returns the reader of an array.
+    """
+    readers = list({id(reader): reader for reader in map(owner, arrays)}.values())
+    owned = [[array for array in arrays if owner(array) is reader] for reader in readers]
+    found = [
+        reader.placement(own) if isinstance(reader, Ranged) else None
+        for reader, own in zip(readers, owned, strict=True)
+    ]
+    parts = [part for part in found if part is not None]
+    if len(parts) < len(found):
+        return None
+    return Placement(
+        (owned, [part.table for part in parts]),
+        tuple(file for part in parts for file in part.files),
+        tuple(start for part in parts for start in part.starts),
+    )
+
+
 @runtime_checkable
 class Recorded(Protocol):
     """A step that has the inner products of the update from it, instead of the elements of its tensors."""
@@ -198,7 +224,7 @@ class Recorded(Protocol):
         Returns
         -------
         gram : float64 array, shape (tensors, vectors, vectors)
-            Inner products of `natgrad.schema.names.RECORDED_VECTORS`.
+            Inner products of the vectors of `StepContent.recorded`.
         ratio : float64 array, shape (tensors,)
             Ratio c of the residual, gradient - c displacement.
 

@@ -13,7 +13,16 @@ from numpy.typing import NDArray
 from natgrad.schema.errors import InputError
 from natgrad.schema.logs import logger
 from natgrad.schema.names import REPLICATE_LOSS, REPLICATE_STATES, SKIPPED, STATES
-from natgrad.sources.base import Difference, Ranged, Recorded, Source, StepContent, StepReader, Unshaped
+from natgrad.sources.base import (
+    Difference,
+    Ranged,
+    Recorded,
+    Source,
+    StepContent,
+    StepReader,
+    Unshaped,
+    joined_placement,
+)
 from natgrad.sources.byte_ranges import ByteRange, Placement
 from natgrad.sources.names import STATE_QUANTITIES
 from natgrad.sources.optimizers.state import OptimizerState
@@ -269,7 +278,7 @@ class _JoinedStep:
             next((content.alignment for content in contents if content.alignment), ""),
             {alias: name for content in contents for alias, name in content.aliases.items()},
             {name: error for content in contents for name, error in content.absent.items()},
-            any(content.recorded for content in contents),
+            next((content.recorded for content in contents if content.recorded), ()),
             next((content.evaluation for content in contents if content.evaluation != "unknown"), "unknown"),
         )
 
@@ -335,20 +344,7 @@ class _JoinedStep:
 
     def placement(self, arrays: Collection[str]) -> Placement | None:
         """Return where the ranges of some arrays begin; see `natgrad.sources.base.Ranged`."""
-        readers = list({id(owner): owner for owner in map(self._owner, arrays)}.values())
-        owned = [[array for array in arrays if self._owner(array) is reader] for reader in readers]
-        found = [
-            reader.placement(own) if isinstance(reader, Ranged) else None
-            for reader, own in zip(readers, owned, strict=True)
-        ]
-        parts = [part for part in found if part is not None]
-        if len(parts) < len(found):
-            return None
-        return Placement(
-            (owned, [part.table for part in parts]),
-            tuple(file for part in parts for file in part.files),
-            tuple(start for part in parts for start in part.starts),
-        )
+        return joined_placement(arrays, self._owner)
 
     def products(self, tensors: Sequence[str]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Return the ledger of the update from this step; see `natgrad.sources.base.Recorded`."""

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from natgrad.schema.errors import InputError
 from natgrad.schema.ledger_log import SKIPPED as SKIPPED_FLAG
 from natgrad.schema.ledger_log import LedgerHeader, is_valid, ledger_files, unpacked
-from natgrad.schema.names import SKIPPED, STATES
+from natgrad.schema.names import RECORDED_VECTORS, SKIPPED, STATES
 from natgrad.sources.base import StepContent
 from natgrad.sources.optimizers.state import OptimizerState
 from natgrad.sources.steps import LoggedStep, LoggedTensor, NotYet, Unreadable, vanished, where
@@ -263,7 +263,7 @@ class _LedgerStep:
             scalars,
             notes=self._notes,
             optimizer=optimizer,
-            recorded=True,
+            recorded=RECORDED_VECTORS,
             evaluation=self._evaluation,
         )
 

@@ -1,30 +1,34 @@
 """Read a log without gradients together with the evaluations of an objective at its states (`natgrad replay`).
 
-The evaluations are in one folder: ``step_<N>.safetensors`` has the loss and the gradient at state N, and
-``update_<N>.safetensors`` what was requested of the update from state N, such as ``hvp``. A file is written once.
+The evaluations are in one folder, in files that are written once. If gradients are kept, ``step_<N>.safetensors``
+has the loss and the gradient at state N, and ``update_<N>.safetensors`` what was requested of the update from state
+N, such as ``hvp``. Otherwise, the latter has the inner products of the update and the losses of its states, and the
+former does not exist.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+import safetensors.numpy
 from numpy.typing import NDArray
 
 from natgrad.schema.errors import InputError
 from natgrad.schema.logs import logger
-from natgrad.schema.names import STATES, USUAL_SCALARS, WEIGHT_DECAY
-from natgrad.sources.base import Ranged, Source, StepContent, StepReader
-from natgrad.sources.byte_ranges import ByteRange
+from natgrad.schema.names import HESSIAN_NUMBERS, STATES, USUAL_SCALARS, WEIGHT_DECAY, ledger_vectors
+from natgrad.sources.base import Ranged, Source, StepContent, StepReader, joined_placement
+from natgrad.sources.byte_ranges import ByteRange, Placement
 from natgrad.sources.changes import identity
 from natgrad.sources.checkpoints.safetensors_file import SafetensorsFile
 from natgrad.sources.named_step import NamedStep
 from natgrad.sources.names import NATIVE
-from natgrad.sources.steps import LoggedStep, NotYet, where
+from natgrad.sources.steps import LoggedStep, LoggedTensor, NotYet, where
 from natgrad.storage import Storage
 
 __all__ = ["REPLAY", "Replayed", "Replays", "require_no_gradients", "source_numbers"]
@@ -54,6 +58,17 @@ class Replays:
     """
 
     folder: Storage
+
+    @property
+    def keeps_gradients(self) -> bool:
+        """True if the gradients are kept, and not reduced to inner products."""
+        return bool(self.document("replay").get("keep_gradients", True))
+
+    @property
+    def vectors(self) -> tuple[str, ...]:
+        """Vectors of the inner products; empty if gradients are kept."""
+        request = self.document("replay")
+        return () if self.keeps_gradients else ledger_vectors(request["hvp"] or request["taylor_point"])
 
     def numbers(self) -> tuple[set[int], set[int]]:
         """Return the steps of the evaluated states, and those of the evaluated updates."""
@@ -96,7 +111,8 @@ class Replays:
         """Return the objective, its fingerprint, its determinism, and the number of evaluations.
 
         Each state is evaluated once, except for ``probe_evaluations``, which test the determinism of the
-        objective, and ``repeated_evaluations`` of states whose worker died.
+        objective, and ``repeated_evaluations`` of states whose worker died or, if gradients are not kept, which are
+        at the edges of the ranges of workers.
         """
         lines = [
             line.split()
@@ -136,10 +152,21 @@ class Replayed:
 
     def steps(self) -> list[LoggedStep]:
         """List the evaluated steps; see `natgrad.sources.base.Source`."""
-        listed = self._source.steps()
+        listed = list(self._source.steps())
         states, updates = self._replays.numbers()
-        self._original = {self._with_files(step, updates): step for step in listed if step.number in states}
-        missing = [step.number for step in listed if step.number not in states]
+        self._original = {}
+        previous: LoggedStep | None = None
+        for step in listed:
+            files = [self._replays.state(step.number)] if step.number in states else []
+            files += [self._replays.update(step.number)] if step.number in updates else []
+            if not self._replays.keeps_gradients and previous is not None and previous.number in updates:
+                # The loss of the last state is in the file of the update that leads to it.
+                files.append(self._replays.update(previous.number))
+            if files:
+                self._original[replace(step, others=(*step.others, *files))] = step
+            previous = step
+        evaluated = {step.number for step in self._original}
+        missing = [step.number for step in listed if step.number not in evaluated]
         if not self._original:
             raise NotYet(
                 "the objective has not been evaluated at any state of this log",
@@ -155,21 +182,25 @@ class Replayed:
             )
         return list(self._original)
 
-    def _with_files(self, step: LoggedStep, updates: set[int]) -> LoggedStep:
-        files = [self._replays.state(step.number)]
-        files += [self._replays.update(step.number)] if step.number in updates else []
-        return replace(step, others=(*step.others, *files))
-
     @contextmanager
     def open(self, step: LoggedStep) -> Iterator[StepReader]:
         """Open a step and its evaluations; see `natgrad.sources.base.Source`."""
         original = self._original[step]
+        files = step.others[len(original.others) :]
         with ExitStack() as stack:
-            evaluations = [
-                stack.enter_context(self._replays.open(step, file)) for file in step.others[len(original.others) :]
-            ]
-            _require_same_source(original, evaluations[0])
-            yield _ReplayedStep(original, stack.enter_context(self._source.open(original)), evaluations)
+            if self._replays.keeps_gradients:
+                evaluations = [stack.enter_context(self._replays.open(step, file)) for file in files]
+                _require_same_source(original, evaluations[0].keys())
+                reader = stack.enter_context(self._source.open(original))
+                yield _ReplayedStep(original, reader, evaluations)
+                return
+            found = {file == self._replays.update(step.number): _Products(file) for file in files}
+            for own, products in found.items():
+                _require_same_source(original, products.numbers, "" if own else "next_")
+            own = True in found
+            reader = stack.enter_context(self._source.open(original))
+            is_last = step == next(reversed(self._original))
+            yield _ReducedStep(original, reader, self._replays, found[own], own=own, is_last=is_last)
 
 
 class _ReplayedStep:
@@ -197,6 +228,7 @@ class _ReplayedStep:
             differences=tuple(one for one in content.differences if one.quantity in _KEPT),
             replicate_loss=(),
             alignment="",
+            evaluation="fixed",
             untrained=True,
             no_gradient="the objective has no gradient for them",
         )
@@ -210,10 +242,76 @@ class _ReplayedStep:
         owner = self._owner(array)
         return owner.ranges(array, tensor) if isinstance(owner, Ranged) else None
 
+    def placement(self, arrays: Collection[str]) -> Placement | None:
+        """Return where the ranges of some arrays begin; see `natgrad.sources.base.Ranged`."""
+        return joined_placement(arrays, self._owner)
+
     def _owner(self, array: str) -> StepReader:
         if not self._owners:
             self.content()
         return self._owners.get(array, self._reader)
+
+
+class _Products:
+    """Content of the file of an update whose gradients were reduced to inner products."""
+
+    def __init__(self, file: Storage) -> None:
+        content = file.get()
+        self.arrays = safetensors.numpy.load(content)
+        texts = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__", {})
+        scalars = {name: float(array) for name, array in self.arrays.items() if not array.shape}
+        self.numbers = {**{name: float(text) for name, text in texts.items()}, **scalars}
+
+
+class _ReducedStep:
+    """Reader of a step with the inner products of the update from it; see `natgrad.sources.base.Recorded`."""
+
+    def __init__(
+        self,
+        step: LoggedStep,
+        reader: StepReader,
+        replays: Replays,
+        products: _Products,
+        *,
+        own: bool,
+        is_last: bool,
+    ) -> None:
+        self._step, self._reader, self._replays, self._products = step, reader, replays, products
+        self._own, self._is_last = own, is_last
+        self._tensors = replays.document("tensors")
+
+    def content(self) -> StepContent:
+        """Describe the step; see `natgrad.sources.base.StepReader`."""
+        content = self._reader.content()
+        require_no_gradients(self._step, content)
+        parameters = {name: content.arrays[_PARAMETER][name] for name in self._tensors["names"]}
+        arrays = {_PARAMETER: parameters}
+        if not self._is_last:
+            arrays[_GRADIENT] = {
+                name: LoggedTensor(parameters[name].shape, dtype)
+                for name, dtype in zip(parameters, self._tensors["dtypes"], strict=True)
+            }
+        scalars = {name: value for name, value in content.scalars.items() if name in _KEPT}
+        numbers = self._products.numbers
+        scalars["loss"] = numbers["loss" if self._own else "next_loss"]
+        scalars |= {name: numbers[name] for name in HESSIAN_NUMBERS if self._own and name in numbers}
+        return StepContent(
+            arrays,
+            scalars,
+            optimizer=content.optimizer,
+            recorded=self._replays.vectors,
+            evaluation="fixed",
+        )
+
+    def products(self, tensors: Sequence[str]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return the ledger of the update from this step; see `natgrad.sources.base.Recorded`."""
+        order = [self._tensors["names"].index(name) for name in tensors]
+        gram, ratio = self._products.arrays["gram"][order], self._products.arrays["ratio"][order]
+        return (gram, ratio) if self._own else (np.full_like(gram, np.nan), np.full_like(ratio, np.nan))
+
+    def read(self, array: str, tensor: str, start: int, out: NDArray[Any]) -> None:
+        """Read elements of the parameters into a buffer; see `natgrad.sources.base.StepReader`."""
+        self._reader.read(array, tensor, start, out)
 
 
 def source_numbers(step: LoggedStep) -> dict[str, str]:
@@ -222,13 +320,12 @@ def source_numbers(step: LoggedStep) -> dict[str, str]:
     return {_SOURCE_SIZE: str(found["size"]), _SOURCE_TIME: str(found["time"])}
 
 
-def _require_same_source(step: LoggedStep, evaluation: NamedStep) -> None:
+def _require_same_source(step: LoggedStep, then: Mapping[str, Any], prefix: str = "") -> None:
     """Refuse a step whose files were changed after its evaluation."""
-    then = evaluation.keys()
-    if _SOURCE_SIZE not in then:
+    if prefix + _SOURCE_SIZE not in then:
         return
     now = source_numbers(step)
-    if any(then.get(name) != float(text) for name, text in now.items()):
+    if any(then.get(prefix + name) != float(text) for name, text in now.items()):
         raise InputError(
             "the files of this step were changed after the objective was evaluated at it",
             where=where(step),

@@ -41,7 +41,6 @@ from natgrad.schema.names import (
     ATTEMPT,
     OPTIMIZER_NUMBERS,
     RECOVERY,
-    REPLAYED,
     REPLICATE,
     REPLICATE_LOSS,
     RUN,
@@ -153,9 +152,8 @@ class Trajectory(States):
         # The shapes are read before the records, because a writer extends them after its record.
         recorded = tuple(attributes.get("recorded", ()))
         # An objective that is replayed is fixed.
-        is_replayed = (self.read_options or {}).get("gradient") == REPLAYED
-        self.evaluation: str = attributes.get("evaluation", "fixed" if is_replayed else "unknown")
-        self._gradient_source: str = attributes.get("gradient_source", REPLAYED if is_replayed else "logged")
+        self.evaluation: str = attributes.get("evaluation", "unknown")
+        self._gradient_source: str = attributes.get("gradient_source", "logged")
         stored = () if recorded else tuple(dtypes)
         documents = read_documents(storage, "trajectory", (*stored, *self.numbers), attributes["arrays"])
         self._number_arrays = {name: StoredArray.of(documents[name]) for name in self.numbers}
