@@ -1,5 +1,6 @@
 """Flat keys are split into the kind and the name of a tensor, all of them or none."""
 
+import pickle
 from itertools import pairwise
 
 import numpy as np
@@ -143,3 +144,25 @@ def test_a_star_in_a_key_stands_for_the_names(tmp_path):
         content = reader.content()
     assert content.arrays["gradient"].keys() == content.arrays["parameter"].keys() == SHAPES.keys()
     assert not any("OMITTED" in note for note in content.notes)
+
+
+def test_a_list_of_gradients_has_the_names_of_the_parameters(tmp_path):
+    (tmp_path / "log").mkdir()
+    state = random_walk(1, SHAPES, "float32")[0]
+    names = ["2.weight", "0.bias", "0.weight", "2.bias"]  # the order of the model, not that of the names
+    params = {name: np.array(state[f"parameter/{name}"]) for name in names}
+    for step, shapes in enumerate((names, names[:-1], sorted(names))):
+        grads = [np.array(state[f"gradient/{name}"]) for name in shapes]
+        (tmp_path / "log" / f"step_{step}.pkl").write_bytes(pickle.dumps({"model": params, "grads": grads}))
+    log = open_source(open_storage(tmp_path / "log"))
+    first, *others = log.steps()
+    with log.open(first) as reader:
+        content = reader.content()
+        for name, shape in SHAPES.items():
+            value = np.zeros(int(np.prod(shape)), np.float32)
+            reader.read("gradient", name, 0, value)
+            np.testing.assert_array_equal(value, state[f"gradient/{name}"].ravel())
+    assert any("in the order of the file" in note for note in content.notes)
+    for other in others:  # of another length, or of other shapes
+        with log.open(other) as reader:
+            assert set(reader.content().arrays["gradient"]).isdisjoint(SHAPES)

@@ -154,6 +154,12 @@ def _inspected(
         for part in (found.chosen.proposal.parts if found.chosen is not None and not _given(options) else ())
         if part.pattern or part.map
     ]
+    notes += [
+        f"{part.location}: --shift gradient={part.shift['gradient']} follows from the first updates, which are "
+        "parallel to these gradients"
+        for part in (found.chosen.proposal.parts if found.chosen is not None and not options["shift"] else ())
+        if "gradient" in part.shift
+    ]
     used = found.chosen.proposal.parts if found.chosen is not None else ()
     notes += [f"{part.location} is not in {paths[0]}: check that it is of the same run" for part in found.nearby]
     notes += [

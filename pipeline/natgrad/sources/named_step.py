@@ -91,7 +91,8 @@ class _Interpretation:
 
 def _others(container: Container) -> tuple[Any, ...]:
     """Return what else determines the meaning of keys."""
-    return dict(container.ties), dict(container.aliases), dict(container.objects), dict(container.unread)
+    parts = dict(container.ties), dict(container.aliases), dict(container.objects), dict(container.unread)
+    return container.ordered, *parts
 
 
 _known: list[_Interpretation] = []
@@ -137,6 +138,7 @@ class _Arrays:
     def __init__(self, container: Container, names: Names, used: Collection[str]) -> None:
         self._container, self._names = container, names
         self._families: dict[str, str] = {}
+        self._listed: list[str] = []
         self._rest: dict[tuple[str, ...], tuple[tuple[str, ...], list[str]]] = {}
         self.absent: list[str] = []
         self.full_model = names.model
@@ -186,6 +188,10 @@ class _Arrays:
         """Return notes on keys that were split, and on keys that select only a part of similar tensors."""
         split = ", ".join(f"{key} for {array}s" for array, key in self._families.items())
         notes = [f"the keys of the tensors are {split}, where * is the name"] if split else []
+        notes += [
+            f"the {array}s are a list: they have the names of the parameters, in the order of the file"
+            for array in self._listed
+        ]
         free = [key for key in unused if self._unused[key].dtype in STORAGE_DTYPES]
         for array in STATES:
             key = self._names.keys.get(array, ("",))[0]
@@ -255,12 +261,25 @@ class _Arrays:
             found = {array: self._floats(array, names, ROOT) for array, (_, names) in families.items()}
             self._families = {array: key for array, (key, _) in families.items()}
             rooted = [] if found else rooted
+        self._name_lists(found)
         for array in rooted:
             names = {
                 key: key for key in self._container.tensors if key not in claimed and not key.startswith(starts)
             }
             found[array] = self._floats(array, names, ROOT)
         return found
+
+    def _name_lists(self, found: dict[str, dict[str, str]]) -> None:
+        """Use the names of the parameters for the tensors of a list, if both are in the order of the model."""
+        tensors, parameters = self._container.tensors, found.get(STATES[0], {})
+        for array in STATES[1:]:
+            keys = list(found.get(array, {}).values())
+            positions = list(map(str, range(len(parameters))))
+            if self._container.ordered and list(found.get(array, {})) == positions != list(parameters):
+                pairs = zip(parameters.values(), keys, strict=True)
+                if all(tensors[key].shape == tensors[other].shape for key, other in pairs):
+                    found[array] = dict(zip(parameters, keys, strict=True))
+                    self._listed.append(array)
 
     def _under(self, array: str, prefix: str) -> dict[str, str]:
         # Many names contain dots: other characters separate levels only after a prefix that the user specified.

@@ -625,3 +625,15 @@ def test_recovery_is_not_proposed_if_states_are_far_apart(tmp_path):
     found = natgrad.inspect([tmp_path / "log"])
     assert found.command == f"natgrad process {tmp_path}/log OUT"
     assert "30 updates apart" in found.refused[f"{found.command} --gradient from-optimizer"]
+
+
+def test_a_shift_that_the_updates_prove_is_proposed(tmp_path):
+    theta, gradient = np.arange(40.0), np.zeros(40)
+    for step in range(6):  # as in a callback after the update
+        state = {"parameter/w": theta, "gradient/w": gradient, "learning_rate": 0.1}
+        np.savez(tmp_path / f"step_{step}.npz", **state)
+        gradient = np.sin(theta + step)
+        theta = theta - 0.1 * gradient
+    found = natgrad.inspect(tmp_path)
+    assert "--shift gradient=-1" in found.command
+    assert any("follows from the first updates" in note for note in found.notes)

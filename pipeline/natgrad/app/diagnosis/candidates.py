@@ -13,6 +13,7 @@ from natgrad.app.diagnosis.proposals import Part, Proposal, advised
 from natgrad.ingestion.rehearsal import Rehearsal
 from natgrad.schema.errors import InputError
 from natgrad.schema.names import SCALARS, STATES, USUAL_SCALARS
+from natgrad.sources.alignment import misalignment
 from natgrad.sources.base import Keyed, Source, StepContent
 from natgrad.sources.names import CHECKPOINT
 from natgrad.sources.opening import open_log
@@ -32,6 +33,7 @@ __all__ = [
     "best_proposals",
     "readings",
     "try_with_advice",
+    "with_proven_shift",
     "with_recovered_gradients",
 ]
 
@@ -353,6 +355,30 @@ def try_with_advice(proposal: Proposal, attempts: Attempts, parts: Sequence[Read
             with suppress(InputError):
                 return Tried(changed, changed.try_out(), tuple(parts))
     return None
+
+
+def with_proven_shift(tried: Tried, attempts: Attempts) -> Tried:
+    """Return a proposal with the shift of gradients that its first updates prove; itself if there is none.
+
+    A loss that is logged with the gradients may need the same shift, which nothing proves: the user must decide.
+    """
+    advice = advised(_misaligned(tried))
+    is_alone = "loss" in tried.rehearsal.content.scalars and len(tried.proposal.parts) == 1
+    if is_alone or not advice or "shift" not in advice[0]:
+        return tried
+    changed = tried.proposal.with_advice(advice[0])
+    try:
+        shifted = replace(tried, proposal=changed, rehearsal=changed.try_out())
+    except InputError as error:
+        attempts.commands.setdefault(changed.command, error)
+        return tried
+    return tried if _misaligned(shifted) else shifted
+
+
+def _misaligned(tried: Tried) -> str:
+    with suppress(InputError), tried.rehearsal.log as log:
+        return misalignment(log, tried.rehearsal.steps, tried.rehearsal.content)
+    return ""
 
 
 def with_recovered_gradients(tried: Tried, attempts: Attempts) -> Tried | None:

@@ -16,6 +16,7 @@ from natgrad.app.diagnosis.candidates import (
     best_proposals,
     readings,
     try_with_advice,
+    with_proven_shift,
     with_recovered_gradients,
 )
 from natgrad.app.diagnosis.proposals import Part, Proposal, scan_command
@@ -122,6 +123,8 @@ def diagnose(paths: Sequence[Storage], options: Mapping[str, Any]) -> Diagnosis:
     chosen = next(iter(accepted), None)
     if chosen is not None and "gradient" not in chosen.lacking:
         accepted = [tried for tried in accepted if not _reads_gradients_as_parameters(tried, chosen)]
+    if chosen is not None and parts[0].plain:
+        chosen = accepted[0] = with_proven_shift(chosen, attempts)
     commands = list(dict.fromkeys(tried.proposal.command for tried in accepted))
     scan = None if asked is not None or len(paths) != 1 else _scan(paths[0], accepted)
     if scan is not None:
