@@ -12,7 +12,8 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
 import typer
@@ -348,13 +349,25 @@ def analyze(out: options.Out, as_json: options.Json = False, quiet: options.Quie
 def report(
     outs: options.Outs,
     page: options.Page = None,
+    serve: options.Serve = False,
+    port: options.Port = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
     **values: Any,
 ) -> None:
-    """Draw Figure 3 of the paper from the results of one run, or of several on one page."""
+    """Write the report page of one run, or of several: an interactive overview, and Figure 3 of the paper."""
     from natgrad.app import api
 
+    if serve:
+        from natgrad.app.report_server import served
+
+        runs = [outs] if isinstance(outs, str | Path) else outs
+        with served(runs, values["version"], port or 0) as server:
+            Output(as_json, quiet).show({"serving": server.url})
+            sys.stdout.flush()
+            with suppress(KeyboardInterrupt):
+                server.serve_forever()
+        return
     Output(as_json, quiet).show(api.report(outs, page, **values))
 
 

@@ -559,6 +559,18 @@ Page = Annotated[
     Location | None,
     Option("File of the page. It is replaced.", unset="report.html in the first OUT", metavar="FILE"),
 ]
+Serve = Annotated[
+    bool,
+    Option(
+        "Show the page at an address of this machine, until Ctrl-C, instead of writing it. It then has the values "
+        "of every update of every tensor.",
+        False,
+    ),
+]
+Port = Annotated[
+    int | None,
+    Option("Port of the address, with {serve}.", unset="a free one", metavar="PORT", minimum=1, maximum=65535),
+]
 ComparisonPage = Annotated[
     Location | None,
     Option("File of the page. It is replaced.", unset="comparison.html in the first OUT", metavar="FILE"),

@@ -56,6 +56,8 @@ __all__ = [
     "analyze_run",
     "compare_runs",
     "ingest_run",
+    "named_outs",
+    "open_trees",
     "process_run",
     "replay_run",
     "report_run",
@@ -412,7 +414,7 @@ def report_run(
     """
     drawn = stage(progress, "report") or (lambda done, total: None)
     drawn(0, 1)
-    named = {name: RunFolder.of(out, version=version) for name, out in _named(outs).items()}
+    named = {name: RunFolder.of(out, version=version) for name, out in named_outs(outs).items()}
     if version is not None and page is None:
         raise InputError(
             "the page of an old version requires a file name",
@@ -464,7 +466,7 @@ def compare_runs(
     from natgrad.reporting.comparison_page import write_comparison
     from natgrad.results.comparison import compare
 
-    named = {name: RunFolder.of(out) for name, out in _named(outs).items()}
+    named = {name: RunFolder.of(out) for name, out in named_outs(outs).items()}
     with (
         memory_errors(lambda: PlanLimits().reserved_bytes),
         storage_errors(*(folder.storage for folder in named.values())),
@@ -494,7 +496,7 @@ def _write_page(named: Mapping[str, RunFolder], page: Storage) -> Report:
     # Imported here, because Matplotlib takes a second to load.
     from natgrad.reporting import page as report
 
-    return Report(report=_written(report.write_report, _trees(named), page))
+    return Report(report=_written(report.write_report, open_trees(named), page))
 
 
 def _compute_results_again(folder: RunFolder, error: InputError) -> None:
@@ -517,7 +519,7 @@ def _compute_results_again(folder: RunFolder, error: InputError) -> None:
     )
 
 
-def _named(outs: Sequence[Location] | Mapping[str, Location]) -> dict[str, Location]:
+def named_outs(outs: Sequence[Location] | Mapping[str, Location]) -> dict[str, Location]:
     """Name runs after their folders, or after their full locations if two folders have the same name."""
     if not outs:
         raise InputError("no run was specified", where="OUT", remedy="pass the folders OUT of one or more runs")
@@ -660,7 +662,7 @@ def replay_run(
     return ReplaySummary(**vars(processed), new_evaluations=evaluated.pop("new_evaluations"), replay=evaluated)
 
 
-def _trees(named: Mapping[str, RunFolder]) -> dict[str, Any]:
+def open_trees(named: Mapping[str, RunFolder]) -> dict[str, Any]:
     """Open the results that a page shows, by name."""
     trees = {}
     for name, folder in named.items():

@@ -23,7 +23,7 @@ from natgrad.reporting.run_results import EIGENVALUES, RunResults, at, blocks
 from natgrad.schema.names import DESCENT, DESCENTS, GROUP, GROUP_KIND, STEP, TENSOR
 from natgrad.schema.variables import Status
 
-__all__ = ["Blob", "PageLimits", "Rows", "kinds_of", "run_data", "side_by_side"]
+__all__ = ["ROW_VARIABLES", "Blob", "PageLimits", "Rows", "kinds_of", "model_rows", "run_data", "side_by_side"]
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Rows:
     Attributes
     ----------
     kind : str
-        ``tensor``, ``block``, ``layer`` or ``pattern``.
+        ``tensor``, ``block``, ``layer``, ``pattern`` or ``model``.
     names : list of str
     dataset : Dataset
         Results of the rows.
@@ -118,7 +118,10 @@ class Rows:
     def blocks(self, variable: str, descent: str, window: int, steps: slice) -> Iterator[NDArray[Any]]:
         """Yield the values of a variable, shape (steps, rows), for some steps at a time."""
         for values in blocks(at(self.dataset[variable], descent, window), self.dimension, steps):
-            yield values if self.positions is None else values[:, self.positions]
+            if values.ndim == 1:  # the model
+                yield values[:, None]
+            else:
+                yield values if self.positions is None else values[:, self.positions]
 
     def reduced(self, variable: str, descent: str, window: int, bins: Bins) -> Reduced:
         """Return a variable in bins; logarithms of those in `LOGARITHMIC`."""
@@ -162,6 +165,11 @@ class Rows:
                 continue
             found[name] = _plain(binned([values], Bins.of(0, len(values), 1)).median[:, 0])
         return found
+
+
+def model_rows(run: RunResults) -> Rows:
+    """Return the model of a run as one row."""
+    return Rows("model", [run.name], run.model, "")
 
 
 def kinds_of(run: RunResults) -> list[Rows]:

@@ -161,7 +161,7 @@ class Overview {
     this.selected = new Set()
     this.sorting = {column: "worst", descending: false}
     this.search = ""
-    this.zoomed = null
+    this.zoomed = this.zoomedModel = null
     this.drag = matchMedia("(pointer: coarse)").matches ? "none" : "zoom"
   }
 
@@ -197,6 +197,8 @@ class Overview {
   }
 
   model(variable, descent = this.descent, window = this.window) {
+    const zoomed = this.zoomedModel?.[`${variable}|${descent}|${window}`]
+    if (zoomed) return zoomed
     const entry = this.run.model[variable] ?? this.run.model[`${variable}|${descent}|${window}`]
       ?? this.run.model[`${variable}|${window}`]
     if (!entry) return null
@@ -249,7 +251,7 @@ class Overview {
     this.kindName = kind ?? (kinds.includes(this.kindName) ? this.kindName : this.run.kinds[0].kind)
     find("rows").value = this.kindName
     this.selected.clear()
-    this.zoomed = null
+    this.zoomed = this.zoomedModel = null
     const slider = find("step")
     slider.max = String(Math.max(this.steps.length - 1, 0))
     this.position = 0
@@ -258,6 +260,7 @@ class Overview {
     this.selectFirst()
     await this.build()
     this.chooseStep(0)
+    this.fetchZoomed()
   }
 
   /* Select the worst rows, so that the page shows at once where to look. */
@@ -269,7 +272,7 @@ class Overview {
 
   chooseKind(name) {
     this.kindName = name
-    this.zoomed = null
+    this.zoomed = this.zoomedModel = null
     this.sorting = {column: "worst", descending: false}
     this.selectFirst()
     this.selectionChanged()
@@ -277,7 +280,7 @@ class Overview {
   }
 
   reload() {
-    this.zoomed = null
+    this.zoomed = this.zoomedModel = null
     this.selectionChanged()
     this.chooseStep(this.position)
     this.fetchZoomed()
@@ -337,6 +340,11 @@ class Overview {
   }
 
   // Range of steps
+
+  /* First visible update. */
+  positionAt() {
+    return positionOf(this.steps, this.range.start)
+  }
 
   get wholeRange() {
     const steps = this.kind.steps ? this.arrays.get(this.kind.steps) : this.steps
@@ -402,18 +410,22 @@ class Overview {
       const kind = this.kind, start = positionOf(this.steps, this.range.start), stop = positionOf(this.steps, this.range.end)
       if (stop <= start) return
       const wanted = this.run.gradient ? Object.keys(VARIABLES) : ["update_to_weight"]
-      const cells = {}
-      for (const variable of wanted) {
-        const query = new URLSearchParams({
-          run: this.runIndex, kind: kind.kind, variable, descent: this.descent, window: this.window, start, stop,
-        })
+      const {descent, window, runIndex} = this, cells = {}, model = {}
+      const receive = async (kindName, variable) => {
+        const query = new URLSearchParams({run: runIndex, kind: kindName, variable, descent, window, start, stop})
         const answer = await fetch(`values?${query}`)
-        if (!answer.ok) return
+        if (!answer.ok) throw new Error(await answer.text())
         const {entry, arrays} = await answer.json()
-        cells[this.keyOf(variable)] = new Cells(entry, await Arrays.unpack(arrays), this.steps.length, this.steps)
+        return new Cells(entry, await Arrays.unpack(arrays), this.steps.length, this.steps)
       }
-      if (kind !== this.kind) return
+      for (const variable of wanted) {
+        cells[this.keyOf(variable)] = await receive(kind.kind, variable)
+        model[`${variable}|${descent}|${window}`] = await receive("model", variable)
+      }
+      const same = kind === this.kind && descent === this.descent && window === this.window && runIndex === this.runIndex
+      if (!same) return
       this.zoomed = {kind, cells}
+      this.zoomedModel = model
       this.drawCurves()
       this.drawHeat()
       this.atStep()
@@ -439,7 +451,7 @@ class Overview {
       this.place(charts, this.figures[name], `${label} over the steps`)
     }
     find("heat").replaceChildren()
-    if (Object.keys(this.kind.values).length) {
+    if (Object.keys(this.kind.values).length || this.page.served) {
       this.figures.heat = this.heatFigure()
       this.place(find("heat"), this.figures.heat, "heat map over the steps")
     }
@@ -900,7 +912,7 @@ class Overview {
       key.style.background = shade
       return element("span", {}, key, name)
     }))
-    const missing = this.kindName !== "run" && this.run.gradient && !this.cells("angle")
+    const missing = !this.page.served && this.kindName !== "run" && this.run.gradient && !this.cells("angle")
     find("rows-missing").hidden = !missing
   }
 
