@@ -77,14 +77,17 @@ class PrefectServer:
         Folder of its database, unless ``database`` is set.
     database : str, optional
         Address of a database.
+    settings : mapping, optional
+        Further settings. With the web interface, ``PREFECT_SERVER_UI_ENABLED`` is true.
     """
 
-    def __init__(self, home, database=None):
+    def __init__(self, home, database=None, settings=None):
         self.port, self.home = free_port(), Path(home)
         self.environment = {
             **QUIET,
             "PREFECT_HOME": str(home),
             "PREFECT_API_URL": f"http://127.0.0.1:{self.port}/api",
+            **(settings or {}),
         }
         if database:
             self.environment["PREFECT_API_DATABASE_CONNECTION_URL"] = database
@@ -92,7 +95,9 @@ class PrefectServer:
 
     def start(self):
         self.home.mkdir(parents=True, exist_ok=True)
-        command = (sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--no-ui")
+        command = (sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1")
+        if self.environment.get("PREFECT_SERVER_UI_ENABLED") != "true":
+            command = (*command, "--no-ui")
         self._stack.enter_context(
             process(*command, "--port", self.port, environment=self.environment, log=self.home / "server.log")
         )

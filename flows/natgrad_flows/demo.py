@@ -20,7 +20,10 @@ __all__ = ["demo"]
 _log = logger(__name__)
 
 
-@flow(name="demo")
+@flow(
+    name="demo",
+    description="Log the experiments of the paper, process the logs, and write one report into the folder OUT.",
+)
 @with_parameters(options.DemoOptions)
 def demo(out: options.DemoOut = "demo", **values: Unpack[options.DemoOptions]) -> dict[str, Any]:
     """Log the experiments, process every log on one local Dask cluster, and write one report of all.

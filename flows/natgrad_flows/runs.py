@@ -10,23 +10,13 @@ The flows have no option ``follow``, because a schedule repeats them (`natgrad s
 
 from __future__ import annotations
 
-import re
-import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
-from pathlib import Path
-from typing import Any, Unpack, cast
+from typing import Any, Unpack
 from uuid import UUID
 
 import psutil
 from prefect import State, Task, flow, get_run_logger, task
-from prefect.artifacts import (
-    create_link_artifact,
-    create_markdown_artifact,
-    create_progress_artifact,
-    create_table_artifact,
-    update_progress_artifact,
-)
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import (
@@ -42,37 +32,70 @@ from prefect.runtime import flow_run, task_run
 from prefect.states import Completed, Crashed
 
 from natgrad.app import options
-from natgrad.app.folder import RunFolder
 from natgrad.app.run import Analysis
 from natgrad.app.scan import Busy, Outcome, error_parts, only_processor, process_once
 from natgrad.app.stages import analyze_stage, ingest_stage, replay_stage, report_stage
 from natgrad.app.worker import ProcessLost, Worker
 from natgrad.sources.steps import NotYet
 from natgrad.storage import Storage, open_storage
+from natgrad_flows.artifacts import (
+    StageProgressArtifacts,
+    alert,
+    full_path,
+    show_failure,
+    show_results,
+    show_table,
+    tag_of,
+)
 from natgrad_flows.parameters import with_parameters
 
-__all__ = ["ProgressArtifact", "analyze_run", "ingest_run", "mark_crashed", "process_run", "replay_run", "uri"]
+__all__ = ["analyze_run", "ingest_run", "mark_crashed", "process_run", "replay_run"]
 
 
 class IngestParameters(options.ReadOptions, options.OverwriteOptions, options.ProcessLimits, total=False):
     """Options of `ingest_run`."""
 
 
-class AnalyzeParameters(options.AnalyzeOptions, options.ProcessLimits, total=False):
+class AnalyzeParameters(options.AnalyzeOptions, options.LinkOptions, options.ProcessLimits, total=False):
     """Options of `analyze_run`."""
 
 
-class ProcessParameters(options.RunOptions, options.OverwriteOptions, options.ProcessLimits, total=False):
+class ProcessParameters(
+    options.RunOptions, options.OverwriteOptions, options.LinkOptions, options.ProcessLimits, total=False
+):
     """Options of `process_run`."""
 
 
-class ReplayParameters(options.ReplayOptions, options.ProcessLimits, total=False):
+class ReplayParameters(options.ReplayOptions, options.LinkOptions, options.ProcessLimits, total=False):
     """Options of `replay_run`."""
 
 
 class _IngestedWith(options.ReadOptions, options.OverwriteOptions, total=False):
     """Options of `natgrad.app.run.ingest_run`."""
 
+
+# Descriptions of the flows for people who start them from a form.
+
+INGEST = (
+    "Read the new steps of one training log and store them in the folder OUT. Steps that are stored already are "
+    "not read again. Start this flow if results are computed later, for example on another machine."
+)
+
+ANALYZE = (
+    "Compute the results and the report of a run whose steps are stored in the folder OUT. Only what is missing is "
+    "computed. Start this flow to compute results with other options."
+)
+
+REPLAY = (
+    "Evaluate an objective at the checkpoints of a training log that contains no gradients, and then compute the "
+    "results and the report of the run."
+)
+
+PROCESS = (
+    "Process one training run: read the new steps of its log, and compute the results and the report in the folder "
+    "OUT. Start it again when the log has grown: only new steps are processed. A run that another flow is "
+    "processing is skipped."
+)
 
 _STALLED = (
     "check that the log can be read; raise stall_timeout if its steps take long. Finished work is kept, and the "
@@ -96,44 +119,11 @@ def _can_heal(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> boo
 
 
 def _flow_name() -> str:
-    return f"{flow_run.get_flow_name()} {Path(flow_run.get_parameters()['out']).name}"
+    return f"{flow_run.get_flow_name()} {full_path(flow_run.get_parameters()['out'])}"
 
 
 def _task_name() -> str:
-    return f"{task_run.get_task_name()} {Path(task_run.get_parameters()['out']).name}"
-
-
-class ProgressArtifact:
-    """Progress bar on the page of a flow run. It only appears if processing takes some time.
-
-    Parameters
-    ----------
-    what : str
-        Name of the items that are counted.
-    out : path
-        Folder of the run.
-    interval : float
-        Seconds between updates, and until the progress bar appears.
-    """
-
-    def __init__(self, what: str, out: str | Path, interval: float = 5.0) -> None:
-        self.what, self.out, self.interval = what, Path(out), interval
-        self.artifact: UUID | None = None
-        self.updated = time.monotonic()
-
-    def __call__(self, done: int, total: int) -> None:
-        """Show the number of items done."""
-        ended = done == total and self.artifact is not None
-        if not ended and time.monotonic() - self.updated < self.interval:
-            return
-        self.updated, percent = time.monotonic(), 100 * done / max(total, 1)
-        if self.artifact is None:
-            description = f"{self.out.name}: {self.what}, {total} in total"
-            # Prefect annotates its functions for both synchronous and asynchronous callers.
-            made = create_progress_artifact(percent, _key(self.what, self.out), description)
-            self.artifact = cast(UUID, made)
-        else:
-            update_progress_artifact(self.artifact, percent)
+    return f"{task_run.get_task_name()} {full_path(task_run.get_parameters()['out'])}"
 
 
 _RETRY: dict[str, Any] = {
@@ -156,40 +146,35 @@ def _worker(values: Mapping[str, Any]) -> Worker:
 def _ingest(
     source: options.Source, out: options.Out, values: Mapping[str, Any], analysis: Analysis | None, worker: Worker
 ) -> dict[str, Any]:
-    return _called(
-        worker, "steps-ingested", out, ingest_stage, source, out, options.selected(_IngestedWith, values), analysis
-    )
+    return _called(worker, out, ingest_stage, source, out, options.selected(_IngestedWith, values), analysis)
 
 
 @task(name="analyze", **_RETRY)
 def _analyze(out: options.Out, analysis: Analysis, worker: Worker) -> dict[str, Any]:
-    return _called(worker, "chunks-computed", out, analyze_stage, out, analysis)
+    return _called(worker, out, analyze_stage, out, analysis)
 
 
 @task(name="replay", **_RETRY)
 def _replay(source: options.Source, out: options.Out, values: Mapping[str, Any], worker: Worker) -> dict[str, Any]:
-    return _called(
-        worker, "evaluations", out, replay_stage, source, out, options.selected(options.ReplayOptions, values)
-    )
+    return _called(worker, out, replay_stage, source, out, options.selected(options.ReplayOptions, values))
 
 
 @task(name="report", **_RETRY)
 def _report(out: options.Out, worker: Worker) -> dict[str, Any]:
-    return _called(worker, "pages", out, report_stage, out)
+    return _called(worker, out, report_stage, out)
 
 
 def _called(
-    worker: Worker, what: str, out: options.Out, function: Callable[..., dict[str, Any]], *arguments: Any
+    worker: Worker, out: options.Out, function: Callable[..., dict[str, Any]], *arguments: Any
 ) -> dict[str, Any]:
     """Call a stage in the process of a run, and show its progress."""
-    shown = ProgressArtifact(what, cast(str, out))
     summary: dict[str, Any] = worker.call(
-        function, *arguments, where=str(out), progress=lambda _, done, total: shown(done, total)
+        function, *arguments, where=str(out), progress=StageProgressArtifacts(out)
     )
     return summary
 
 
-@flow(name="ingest-run", flow_run_name=_flow_name)
+@flow(name="ingest-run", flow_run_name=_flow_name, description=INGEST)
 @with_parameters(IngestParameters)
 def ingest_run(source: options.Source, out: options.Out, **values: Unpack[IngestParameters]) -> dict[str, Any]:
     """Read the new steps of a log into the trajectory of OUT.
@@ -211,11 +196,11 @@ def _ingested(
     source: options.Source, out: options.Out, values: Mapping[str, Any], analysis: Analysis | None, worker: Worker
 ) -> dict[str, Any]:
     summary = _ingest(source, out, values, analysis, worker)
-    _table("ingested", out, summary)
+    show_table("ingested", out, summary)
     return summary
 
 
-@flow(name="analyze-run", flow_run_name=_flow_name)
+@flow(name="analyze-run", flow_run_name=_flow_name, description=ANALYZE)
 @with_parameters(AnalyzeParameters)
 def analyze_run(out: options.Out, **values: Unpack[AnalyzeParameters]) -> dict[str, Any]:
     """Compute the missing part of the ledger of OUT, the results and the report.
@@ -230,10 +215,10 @@ def analyze_run(out: options.Out, **values: Unpack[AnalyzeParameters]) -> dict[s
         `natgrad.app.summaries.AnalysisSummary` in its JSON form, and the report.
     """
     with closing(_worker(values)) as worker:
-        return _analyzed(out, Analysis.of(values), worker)
+        return _analyzed(out, Analysis.of(values), values, worker)
 
 
-@flow(name="replay-run", flow_run_name=_flow_name)
+@flow(name="replay-run", flow_run_name=_flow_name, description=REPLAY)
 @with_parameters(ReplayParameters)
 def replay_run(source: options.Source, out: options.Out, **values: Unpack[ReplayParameters]) -> dict[str, Any]:
     """Evaluate an objective at the states of a log without gradients, and process the run.
@@ -248,26 +233,21 @@ def replay_run(source: options.Source, out: options.Out, **values: Unpack[Replay
         `natgrad.app.summaries.ReplaySummary` in its JSON form.
     """
     with closing(_worker(values)) as worker:
-        return _shown(out, _replay(source, out, values, worker), "replayed")
+        return _shown(out, _replay(source, out, values, worker), "replayed", values)
 
 
-def _analyzed(out: options.Out, analysis: Analysis, worker: Worker) -> dict[str, Any]:
-    return _shown(out, _analyze(out, analysis, worker) | _report(out, worker), "analyzed")
+def _analyzed(out: options.Out, analysis: Analysis, values: Mapping[str, Any], worker: Worker) -> dict[str, Any]:
+    return _shown(out, _analyze(out, analysis, worker) | _report(out, worker), "analyzed", values)
 
 
-def _shown(out: options.Out, summary: dict[str, Any], what: str) -> dict[str, Any]:
-    """Create the artifacts of results, and return their summary."""
-    _table(what, out, summary)
-    create_link_artifact(
-        link=uri(RunFolder.of(out).report),
-        link_text=f"Report of {Path(out).name}",
-        key=_key("report", out),
-        description=f"Figure 3 of the paper, drawn from {summary['results']}",
-    )
+def _shown(out: options.Out, summary: dict[str, Any], what: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Create the artifacts of results, send an event if their angle is large, and return their summary."""
+    show_results(what, out, summary, values["report_url"])
+    alert(out, summary, values["alert_angle"])
     return summary
 
 
-@flow(name="process-run", flow_run_name=_flow_name)
+@flow(name="process-run", flow_run_name=_flow_name, description=PROCESS)
 @with_parameters(ProcessParameters)
 def process_run(source: options.Source, out: options.Out, **values: Unpack[ProcessParameters]) -> Any:
     """Ingest, analyze and report a run, and record the outcome in OUT.
@@ -295,13 +275,13 @@ def process_run(source: options.Source, out: options.Out, **values: Unpack[Proce
             closing(_worker(values)) as worker,
         ):
             own = UUID(flow_run.get_id())
-            client.update_flow_run(own, tags={*flow_run.get_tags(), f"run:{Path(out).name}"})
+            client.update_flow_run(own, tags={*flow_run.get_tags(), tag_of(out)})
 
             def work() -> dict[str, Any]:
                 # A flow that has just processed the run may not have reported its end yet, although it did not die.
                 # In that case the run is up to date, and this function is not called.
                 mark_crashed(client, open_storage(out), own=own)
-                return _ingested(source, out, values, analysis, worker) | _analyzed(out, analysis, worker)
+                return _ingested(source, out, values, analysis, worker) | _analyzed(out, analysis, values, worker)
 
             return process_once(
                 source,
@@ -309,7 +289,7 @@ def process_run(source: options.Source, out: options.Out, **values: Unpack[Proce
                 values,
                 work,
                 known=Outcome.of(out),
-                on_failure=lambda parts: _report_failure(Path(out), parts),
+                on_failure=lambda parts: show_failure(out, parts),
             )
     except Busy as busy:
         get_run_logger().warning("skipping %s: %s", out, busy.what)
@@ -338,27 +318,3 @@ def mark_crashed(client: SyncPrefectClient, out: Storage, own: UUID | None = Non
         message = f"The process died. {flow_run.get_name()} continues the work."
         client.set_flow_run_state(other.id, Crashed(message=message), force=True)
         get_run_logger().warning("%s: %s", other.name, message)
-
-
-def _report_failure(out: Path, parts: dict[str, Any]) -> None:
-    lines = [f"**{out.name}**: {parts['what']}"]
-    lines += [f"- {name}: {parts[name]}" for name in ("where", "why", "do") if parts[name]]
-    create_markdown_artifact("\n".join(lines), _key("failed", out), f"{out.name}: error and remedy")
-
-
-def uri(page: Storage) -> str:
-    """Return the URI of a page, for links."""
-    return str(page) if page.local_path is None else page.local_path.absolute().as_uri()
-
-
-def _table(what: str, out: str | Path, summary: Mapping[str, Any]) -> None:
-    create_table_artifact(
-        table=[{"quantity": name, "value": str(value)} for name, value in summary.items()],
-        key=_key(what, out),
-        description=f"{Path(out).name}: {what}",
-    )
-
-
-def _key(what: str, out: str | Path) -> str:
-    """Return the key of an artifact: lower-case letters, digits and dashes."""
-    return f"{what}-{re.sub(r'[^a-z0-9]+', '-', Path(out).name.lower()).strip('-') or 'run'}"

@@ -13,7 +13,6 @@ from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar, Unpack
 
 import httpx
@@ -37,8 +36,9 @@ from natgrad.app.folder import RunFolder
 from natgrad.app.scan import Busy, FoundRun, Outcome, only_processor, process_in, process_once, scan_root
 from natgrad.app.worker import Worker
 from natgrad.storage import open_storage
+from natgrad_flows.artifacts import alert, full_path, report_link, tag_of
 from natgrad_flows.parameters import with_parameters
-from natgrad_flows.runs import analyze_run, ingest_run, mark_crashed, process_run, uri
+from natgrad_flows.runs import analyze_run, ingest_run, mark_crashed, process_run
 from natgrad_flows.server import shorten_request_errors
 
 __all__ = ["delete_history", "scan_runs"]
@@ -47,10 +47,16 @@ T = TypeVar("T")
 
 
 def _flow_name() -> str:
-    return f"scan-runs {Path(flow_run.get_parameters()['root']).name}"
+    return f"scan-runs {full_path(flow_run.get_parameters()['root'])}"
 
 
-@flow(name="scan-runs", flow_run_name=_flow_name)
+@flow(
+    name="scan-runs",
+    flow_run_name=_flow_name,
+    description="Look for training logs below the folder ROOT, and process each run that has changed since the "
+    "last scan. A run that fails does not stop the others. The artifact of the flow run lists all runs that were "
+    "processed, with errors and remedies.",
+)
 @with_parameters(options.ScanFlowOptions)
 def scan_runs(root: options.Root, out: options.RunsFolder, **values: Unpack[options.ScanFlowOptions]) -> Any:
     """Process the runs below ROOT that changed since the last scan.
@@ -73,7 +79,8 @@ def scan_runs(root: options.Root, out: options.RunsFolder, **values: Unpack[opti
         records = _Records(client)
         if values["keep_days"] is not None:
             records.attempt(delete_history, client, timedelta(days=values["keep_days"]))
-        summary = scan_root(root, out, values, partial(_process, records))
+        links = options.selected(options.LinkOptions, values)
+        summary = scan_root(root, out, values, partial(_process, records, links))
         rows = [asdict(one) for one in summary.runs if one.state != "unchanged"]
         with tags("natgrad"):
             records.attempt(
@@ -117,9 +124,9 @@ class _Records:
         made = self.attempt(
             self.client.create_flow_run,
             process_run,
-            name=f"process-run {found.out.name}",
+            name=f"process-run {full_path(found.out)}",
             parameters=json.loads(json.dumps({"source": found.source, "out": found.out, **values}, default=str)),
-            tags=["natgrad", f"run:{found.out.name}"],
+            tags=["natgrad", tag_of(found.out)],
             state=Running(),
         )
 
@@ -131,7 +138,12 @@ class _Records:
 
 
 def _process(
-    records: _Records, found: FoundRun, known: Outcome | None, values: dict[str, Any], worker: Worker
+    records: _Records,
+    links: dict[str, Any],
+    found: FoundRun,
+    known: Outcome | None,
+    values: dict[str, Any],
+    worker: Worker,
 ) -> dict[str, Any]:
     """Process a run in a worker, and record it as a flow run.
 
@@ -146,7 +158,8 @@ def _process(
         except Exception as error:
             end(Failed(message=str(error)))
             raise
-        report = uri(RunFolder.of(found.out).report)
+        report = report_link(found.out, links["report_url"]) or RunFolder.of(found.out).report
+        alert(found.out, summary, links["alert_angle"])
         end(Completed(message=f"{summary['new_steps']} new steps, {summary['updates']} updates; report: {report}"))
         return summary
 

@@ -73,7 +73,7 @@ def test_a_schedule_processes_new_steps_and_an_invalid_run_fails_alone(server, r
             write_step(root / "first", number, state)
         wait_for(lambda: states(root, out) == done | {"first": ("done", STEPS - 1)})
     assert scan.Outcome.of(out / "group" / "second").summary["new_steps"] == 2
-    failed = [run for run in flow_runs(server) if run.name == "process-run bad"]
+    failed = [run for run in flow_runs(server) if run.name == f"process-run {out / 'bad'}"]
     assert len(failed) == 1
     for part in ("step_0.safetensors, step 0", "truncated", "write the step again"):
         assert part in failed[0].state.message
@@ -101,7 +101,7 @@ def test_two_concurrent_scans_process_every_run_once(server, tmp_path):
     answers = [json.loads(answer) for answer, _ in told]
     assert sum(answer["processed"] for answer in answers) == runs
     assert sum(answer["unchanged"] + answer["skipped"] for answer in answers) == runs
-    ended = [(run.state.name, run.state.message) for run in flow_runs(server) if "process-run twice-" in run.name]
+    ended = [(run.state.name, run.state.message) for run in flow_runs(server) if "/twice-" in run.name]
     assert [name for name, _ in ended].count("Completed") == runs
     for name, message in ended:
         assert name == "Completed" or (name, "another process" in message) == ("Skipped", True)
@@ -134,11 +134,11 @@ def test_a_killed_flow_is_marked_and_its_run_continues(server, tmp_path):
         [*map(str, command)], env={**os.environ, **server.environment}, capture_output=True, check=False
     )
     assert dead.returncode == -9, dead.stderr.decode()
-    (left,) = [run for run in flow_runs(server) if run.name == "process-run killed"]
+    (left,) = [run for run in flow_runs(server) if run.name == f"process-run {out / 'killed'}"]
     assert left.state.is_running()
     answer = json.loads(natgrad(server, "scan", log.parent, out, "--workers", "1", "--json").stdout)
     assert answer["processed"] == 1
-    ended = {run.id: run.state for run in flow_runs(server) if run.name == "process-run killed"}
+    ended = {run.id: run.state for run in flow_runs(server) if run.name == f"process-run {out / 'killed'}"}
     assert ended.pop(left.id).is_crashed()
     assert [state.name for state in ended.values()] == ["Completed"]
     # The steps that the killed scan had ingested were not read again.
@@ -161,7 +161,7 @@ def test_a_run_of_a_scan_adds_little_to_the_history_and_old_flow_runs_are_delete
         return json.loads(done.stdout)["processed"]
 
     def named():
-        return [run.name for run in flow_runs(server) if run.name.startswith("process-run small-")]
+        return [run.name for run in flow_runs(server) if "/small-" in run.name]
 
     runs = 6
     write_log(tmp_path / "logs" / "small-0", random_walk(3))
@@ -175,7 +175,7 @@ def test_a_run_of_a_scan_adds_little_to_the_history_and_old_flow_runs_are_delete
         settings.temporary_settings({settings.PREFECT_API_URL: address}),
         orchestration.get_client(sync_client=True) as client,
     ):
-        made = {run.id for run in flow_runs(server) if run.name.startswith("process-run small-")}
+        made = {run.id for run in flow_runs(server) if "/small-" in run.name}
         assert not [one for one in client.read_artifacts() if one.flow_run_id in made]
         assert not [one for one in client.read_task_runs() if one.flow_run_id in made]
     # The server stores events, here the start and the end of a run, a few seconds later.

@@ -19,10 +19,16 @@ def flows_imported():
 
 # Flows by name, each with the models of its options.
 FLOWS = {
-    "process-run": lambda: (runs.process_run, options.RunOptions, options.OverwriteOptions, options.ProcessLimits),
+    "process-run": lambda: (
+        runs.process_run,
+        options.RunOptions,
+        options.OverwriteOptions,
+        options.LinkOptions,
+        options.ProcessLimits,
+    ),
     "ingest-run": lambda: (runs.ingest_run, options.ReadOptions, options.OverwriteOptions, options.ProcessLimits),
-    "analyze-run": lambda: (runs.analyze_run, options.AnalyzeOptions, options.ProcessLimits),
-    "replay-run": lambda: (runs.replay_run, options.ReplayOptions, options.ProcessLimits),
+    "analyze-run": lambda: (runs.analyze_run, options.AnalyzeOptions, options.LinkOptions, options.ProcessLimits),
+    "replay-run": lambda: (runs.replay_run, options.ReplayOptions, options.LinkOptions, options.ProcessLimits),
     "scan-runs": lambda: (scans.scan_runs, options.ScanFlowOptions),
     "demo": lambda: (demo.demo, options.DemoOptions),
 }
@@ -33,6 +39,8 @@ def test_the_parameter_form_has_every_option_with_its_description(name):
     flow, *models = FLOWS[name]()
     assert flow.name == name
     declared = {option: one for model in models for option, one in options.declared(model).items()}
+    assert flow.description
+    assert "----" not in flow.description  # plain words, not the sections of a docstring
     form = flow.parameters.properties
     assert set(form) - {"source", "root", "out"} == set(declared)
     for option, one in declared.items():

@@ -30,6 +30,7 @@ filters = Lazy("prefect.client.schemas.filters")
 flow_engine = Lazy("prefect.flow_engine")
 orchestration = Lazy("prefect.client.orchestration")
 runs = Lazy("natgrad_flows.runs")
+shown = Lazy("natgrad_flows.artifacts")
 scans = Lazy("natgrad_flows.scan")
 
 WRITER = """
@@ -83,32 +84,59 @@ def test_the_flow_of_a_replay_gives_the_results_of_the_function(tmp_path, monkey
     one, other = (natgrad.open_results(tmp_path / name) for name in ("by-flow", "by-hand"))
     xr.testing.assert_identical(one["model"].to_dataset(), other["model"].to_dataset())
     assert (summary["gradient_source"], summary["new_evaluations"]) == ("replayed", 3)
-    rows = {row["quantity"]: row["value"] for row in json.loads(artifacts("replayed-by-flow")[0])}
-    assert rows["gradient_source"] == "replayed"
+    (page,) = artifacts(shown.key_of("replayed", tmp_path / "by-flow"))
+    assert "| gradient source | `replayed` |" in page
 
 
-def test_run_names_and_artifacts_identify_the_run(log, tmp_path):
-    out = tmp_path / "Run 7"
-    runs.process_run(log, out, workers=1)
-    assert {"ingest Run 7", "analyze Run 7", "report Run 7"} <= set(task_runs())
-    assert flow_runs()["process-run Run 7"].tags == ["run:Run 7"]
-    # One request for each tag, for its limit of concurrent tasks.
-    assert not task_runs()["ingest Run 7"].tags
-    (table,) = artifacts("analyzed-run-7")
-    assert "effective 7" in table or "'effective': 7" in table
-    (link,) = artifacts("report-run-7")
-    assert (out / "report.html").absolute().as_uri() in link
+def test_run_names_tags_and_artifacts_have_the_full_path_of_the_run(log, tmp_path):
+    outs = [tmp_path / folder / "Run 7" for folder in ("exp", "exp2")]
+    for out in outs:
+        runs.process_run(log, out, workers=1)
+    for out in outs:
+        assert {f"ingest {out}", f"analyze {out}", f"report {out}"} <= set(task_runs())
+        assert flow_runs()[f"process-run {out}"].tags == [f"run:{out}"]
+        # One request for each tag, for its limit of concurrent tasks.
+        assert not task_runs()[f"ingest {out}"].tags
+        (page,) = artifacts(shown.key_of("analyzed", out))
+        assert "| status | `effective 7` |" in page
+        assert "100.0% of 7 updates are effective" in page
+        assert "data:image/svg+xml;base64," in page
+        assert f"Report: `{out / 'report.html'}`" in page
+        assert "file://" not in page
+        assert artifacts(shown.key_of("report", out)) == []
+
+
+def test_a_report_has_a_link_if_a_web_server_shows_it(log, tmp_path):
+    out = tmp_path / "exp" / "Run 8"
+    runs.process_run(log, out, workers=1, report_url=f"{tmp_path}=http://lab:8000/runs/")
+    (link,) = artifacts(shown.key_of("report", out))
+    address = "http://lab:8000/runs/exp/Run%208/report.html"
+    assert link == f"[Report of {out}]({address})"
+    (page,) = artifacts(shown.key_of("analyzed", out))
+    assert f"[Open the report]({address})" in page
+
+
+def test_a_large_angle_sends_an_event(log, tmp_path, monkeypatch):
+    sent = []
+    monkeypatch.setattr("natgrad_flows.artifacts.emit_event", lambda *values, **named: sent.append((values, named)))
+    runs.process_run(log, tmp_path / "small", workers=1, alert_angle=3.1)
+    assert sent == []
+    summary = runs.process_run(log, tmp_path / "large", workers=1, alert_angle=0.01)
+    ((name,), named) = sent[0]
+    assert name == "natgrad.angle-exceeded"
+    assert named["resource"]["prefect.resource.name"] == str(tmp_path / "large")
+    assert named["payload"]["angle"] == summary["angle_course"][-1] > 0.01
 
 
 def test_bad_input_fails_immediately_with_its_message(tmp_path):
     with pytest.raises(InputError, match="no step files"):
         runs.process_run(_empty(tmp_path / "nothing"), tmp_path / "bad", workers=1)
-    failed = flow_runs()["process-run bad"]
+    failed = flow_runs()[f"process-run {tmp_path / 'bad'}"]
     assert failed.state.is_failed()
     assert "no step files" in failed.state.message
-    assert task_runs()["ingest bad"].run_count == 1
-    (told,) = artifacts("failed-bad")
-    assert "**bad**: there are no step files" in told
+    assert task_runs()[f"ingest {tmp_path / 'bad'}"].run_count == 1
+    (told,) = artifacts(shown.key_of("failed", tmp_path / "bad"))
+    assert "/bad**: there are no step files" in told.replace("\\", "")
     assert "- do: pass the folder" in told
 
 
@@ -132,14 +160,15 @@ def test_an_error_that_may_heal_is_retried(log, tmp_path):
         assert writer.stdout.readline() == "writing\n"
 
         def release():
-            wait_for(lambda: "ingest heals" in task_runs() and task_runs()["ingest heals"].state.is_scheduled())
+            name = f"ingest {out}"
+            wait_for(lambda: name in task_runs() and task_runs()[name].state.is_scheduled())
             writer.kill()
 
         releasing = threading.Thread(target=release)
         releasing.start()
         assert runs.ingest_run(log, out)["new_steps"] == 8
         releasing.join()
-    assert task_runs()["ingest heals"].run_count > 1
+    assert task_runs()[f"ingest {out}"].run_count > 1
 
 
 @pytest.mark.usefixtures("hostile")
@@ -157,28 +186,30 @@ def test_a_flow_that_hangs_crashes_or_exhausts_memory_fails_in_time(tmp_path, na
     with pytest.raises(InputError, match=what) as failure:
         runs.process_run(tmp_path / name, tmp_path / "out" / name, workers=1, stall_timeout=15)
     assert "the flow can be run again" in failure.value.remedy
-    assert task_runs()[f"ingest {name}"].run_count == 1
+    assert task_runs()[f"ingest {tmp_path / 'out' / name}"].run_count == 1
     assert scan.Outcome.of(tmp_path / "out" / name).error["heals"]
 
 
-def test_longer_work_shows_its_progress(tmp_path):
+def test_longer_work_shows_the_progress_of_each_stage(tmp_path):
     @prefect.flow
     def work(interval):
-        progress = runs.ProgressArtifact("items", tmp_path / f"run-{interval}", interval)
-        for done in range(1, 4):
-            progress(done, 3)
+        progress = shown.StageProgressArtifacts(tmp_path / f"run-{interval}", interval)
+        for stage in ("ingest", "results"):
+            for done in range(1, 4):
+                progress(stage, done, 3)
 
     work(0)
-    assert artifacts("items-run-0") == [100]
+    for stage in ("ingest", "results"):
+        assert artifacts(shown.key_of(stage, tmp_path / "run-0")) == [100]
     work(60)
-    assert artifacts("items-run-60") == []
+    assert artifacts(shown.key_of("ingest", tmp_path / "run-60")) == []
 
 
 def test_a_run_that_another_process_works_on_is_skipped_with_a_message(log, tmp_path):
     with scan.only_processor(tmp_path / "held"):
         answer = runs.process_run(log, tmp_path / "held", workers=1)
     assert answer == {"skipped": "another process is working on this run"}
-    skipped = flow_runs()["process-run held"].state
+    skipped = flow_runs()[f"process-run {tmp_path / 'held'}"].state
     assert (skipped.name, skipped.type.value) == ("Skipped", "COMPLETED")
     assert str(tmp_path / "held") in skipped.message
 
@@ -279,7 +310,8 @@ def test_many_concurrent_runs_fail_alone_and_compute_only_new_steps(tmp_path):
     write_step(logs / "many-0", 4, random_walk(5)[4])
     assert scanned() == ([2, 1, 0], {})
     assert scan.Outcome.of(out / "many-0").summary["new_steps"] == 1
-    assert {"run:many-0", "natgrad"} <= set(flow_runs()["process-run many-0"].tags)
+    path = out / "many-0"
+    assert {f"run:{path}", "natgrad"} <= set(flow_runs()[f"process-run {path}"].tags)
     tables = artifacts("scan")
     assert any("truncated" in table or "incomplete" in table for table in tables)
 
@@ -315,8 +347,8 @@ def test_a_flow_accepts_urls(log):
     assert runs.process_run("s3://bucket/log", out, workers=1)["new_steps"] == 8
     outcome = scan.Outcome.of(out)
     assert outcome.is_current(scan.listing("s3://bucket/log"), outcome.options, out)
-    (link,) = artifacts("report-out")
-    assert "s3://bucket/out/report.html" in link
+    (page,) = artifacts(shown.key_of("analyzed", out))
+    assert "Report: `s3://bucket/out/report.html`" in page
     with (open_storage(out) / "processing").lock("run"):
         assert "another process is writing this run" in runs.process_run("s3://bucket/log", out)["skipped"]
     out = "s3://bucket/versions"

@@ -4,8 +4,8 @@ import json
 import re
 
 import pytest
-from test_page import browser
 
+from browsers import browser
 from compared import tree
 from natgrad.reporting.comparison_page import write_comparison
 from natgrad.results.comparison import compare

@@ -4,7 +4,6 @@ import html.parser
 import io
 import json
 import re
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +11,12 @@ import pytest
 import xarray as xr
 from PIL import Image
 
-from lazy import Lazy
 from logs import random_walk, write_log
 from natgrad.app import run
 from natgrad.reporting import page as report
 from natgrad.reporting.run_results import number
 from natgrad.schema.errors import InputError
 from natgrad.schema.variables import Status
-
-sync_api = Lazy("playwright.sync_api")
 
 NAME = "<script>alert('run')</script> & $x_1$ \N{SNOWMAN} \N{CJK UNIFIED IDEOGRAPH-5B66}"
 WINDOW = 4
@@ -353,22 +349,6 @@ def test_a_tree_without_results_is_an_error_with_the_name_of_the_run(tree, tmp_p
 
 
 # In a browser ------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """Start a real browser. The tests fail without one, because only a browser shows the page."""
-    found = [shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")]
-    path = next((path for path in found if path), None)
-    if path is None:
-        pytest.fail("no browser to show the page in; install one, for example: apt-get install chromium")
-    quiet = ("background-networking", "component-update", "sync")
-    arguments = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
-    arguments += [f"--disable-{name}" for name in quiet]
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=arguments)
-        yield browser
-        browser.close()
 
 
 class View:

@@ -483,6 +483,17 @@ def _storage_kinds() -> Iterable[str]:
     return KINDS
 
 
+def _report_url(value: str) -> str:
+    folder, separator, url = value.partition("=")
+    if not (folder and separator and url.startswith(("http://", "https://"))):
+        raise InputError(
+            f"report_url must be FOLDER=URL, got {value!r}",
+            where="option report_url",
+            remedy="use a folder and the address at which a web server shows it: /data/runs=http://lab:8000",
+        )
+    return value
+
+
 def _evaluations() -> Iterable[str]:
     from natgrad.schema.names import EVALUATIONS
 
@@ -995,6 +1006,32 @@ class ScanOptions(RunOptions, ProcessLimits, total=False):
     ]
 
 
+class LinkOptions(TypedDict, total=False):
+    """Options for what Prefect shows about a run."""
+
+    report_url: Annotated[
+        str | None,
+        Option(
+            "Web server that shows the reports, for links in Prefect: FOLDER=URL, for example "
+            "/data/runs=http://lab:8000 if /data/runs/a/report.html is at http://lab:8000/a/report.html.",
+            unset="reports have no link, but their paths are shown",
+            metavar="FOLDER=URL",
+            check=_report_url,
+        ),
+    ]
+    alert_angle: Annotated[
+        float | None,
+        Option(
+            "Angle in radians. If the median angle of the last part of a run exceeds it, Prefect gets the event "
+            "natgrad.angle-exceeded, on which an automation can act.",
+            unset="no event is sent",
+            metavar="RADIANS",
+            minimum=0,
+            maximum=3.141592653589793,
+        ),
+    ]
+
+
 class HistoryOptions(TypedDict, total=False):
     """Option for the history of a Prefect server."""
 
@@ -1009,7 +1046,7 @@ class HistoryOptions(TypedDict, total=False):
     ]
 
 
-class ScanFlowOptions(ScanOptions, HistoryOptions, total=False):
+class ScanFlowOptions(ScanOptions, LinkOptions, HistoryOptions, total=False):
     """Options of a scan as a flow."""
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from natgrad.schema.text import printable, sparkline, table_lines
 
-__all__ = ["Summary", "summary_html", "summary_lines"]
+__all__ = ["Summary", "summary_html", "summary_lines", "summary_values"]
 
 _LONGEST_INLINE = 60
 """Maximum length of an inline mapping entry, in characters. Longer entries get separate lines."""
@@ -84,6 +84,11 @@ def summary_lines(values: Mapping[str, Any], label: Callable[[str], str] | None 
             yield from (f"  {line}" for line in table_lines(_table_cells(value)))
         else:
             yield f"{printable(label(name)):<{width}}  {printable(_inline(name, value))}\n"
+
+
+def summary_values(values: Mapping[str, Any]) -> dict[str, str]:
+    """Return the label and the text of each value of a summary, as the command line prints them on one line."""
+    return {_label(name): _inline(name, value) for name, value in values.items()}
 
 
 def _label(name: str) -> str:
