@@ -42,8 +42,9 @@ def test_command_function_and_docstring_list_the_same_options(name):
     function = inspect.signature(getattr(natgrad, name)).parameters
     assert set(function) - NO_OPTIONS == set(declared)
     # The command `scan` uses Prefect, the function does not.
-    history = set(options.declared(options.HistoryOptions)) if name == "scan" else set()
-    assert set(command) - NO_OPTIONS == set(declared) | history
+    of_prefect = (options.HistoryOptions, options.LinkOptions) if name == "scan" else ()
+    shown = {option for kind in of_prefect for option in options.declared(kind)}
+    assert set(command) - NO_OPTIONS == set(declared) | shown
     for one in declared.values():
         assert one.flag in command[one.name].opts
         assert command[one.name].help.startswith(one.description(command_line=True))
@@ -315,3 +316,11 @@ def test_a_scan_starts_nothing_without_the_workers_that_it_needs(tmp_path):
     with pytest.raises(InputError, match="a worker needs more than"):
         natgrad.scan(tmp_path / "logs", tmp_path / "out", memory_limit=1)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", ["/data/runs", "=http://lab", "/data=ftp://lab", "http://lab"])
+def test_an_address_of_reports_is_a_folder_and_a_url(value):
+    with pytest.raises(InputError, match="report_url must be FOLDER=URL"):
+        options.validated(options.LinkOptions, {"report_url": value})
+    checked = options.validated(options.LinkOptions, {"report_url": "/data=https://lab/x?a=b"})
+    assert checked == {"report_url": "/data=https://lab/x?a=b", "alert_angle": None}
