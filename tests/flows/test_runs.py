@@ -1,6 +1,5 @@
 """Test the flows on Prefect's embedded server, one for all tests of this file."""
 
-import json
 import os
 import subprocess
 import sys
