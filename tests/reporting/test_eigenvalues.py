@@ -44,5 +44,5 @@ def test_points_are_few_and_include_the_smallest_and_the_largest_angle(angle, sh
     chosen = angle[spread_points(angle, shift, columns)]
     assert chosen.min() == angle.min()
     assert chosen.max() == angle.max()
-    # A shifted grid touches at most two more columns, and the two ends may come on top.
+    # A shifted grid touches at most two more columns, and the two ends may be added.
     assert len(chosen) <= columns + 4

@@ -146,7 +146,7 @@ def with_trainer(folder):
     data = [{"input_ids": row, "labels": row} for row in rows]
     model = small_gpt2()
     transformers.Trainer(model, arguments, train_dataset=data, callbacks=[Keeps()]).train()
-    # The optimizer has the names of no tensors, and safetensors not their order.
+    # The optimizer does not have the names of tensors, and safetensors does not have their order.
     names = [name for name, _ in model.named_parameters()]
     (folder / "natgrad.toml").write_text(f"order = {json.dumps(names)}\n")
     return [truth[step] for step in range(1, UPDATES + 1)]
