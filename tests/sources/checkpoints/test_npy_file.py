@@ -167,3 +167,24 @@ def test_scalars_beside_a_model_are_read(tmp_path):
     for step in log.steps():
         with log.open(step) as reader:
             assert reader.content().scalars == {"loss": step.number / 4, "learning_rate": 0.5}
+
+
+def test_several_arrays_of_a_step_are_read_after_following_the_advice(tmp_path):
+    for step, state in enumerate(STATES[:2]):
+        for array, end in (("parameter", "weight"), ("gradient", "weight_grad")):
+            for name, value in arrays(state, array).items():
+                np.save(tmp_path / f"{name}.{end}_step{step}.npy", value)
+    with pytest.raises(InputError, match=r"step 0 has several arrays(.|\n)*such as step_0, without the number"):
+        open_source(open_storage(tmp_path)).steps()
+    for path in [*tmp_path.iterdir()]:
+        name, _, step = path.stem.rpartition("_step")
+        (tmp_path / f"step_{step}").mkdir(exist_ok=True)
+        path.rename(tmp_path / f"step_{step}" / f"{name}.npy")
+    log = open_source(open_storage(tmp_path))
+    with log.open(log.steps()[1]) as reader:
+        content = reader.content()
+        assert content.arrays["gradient"].keys() == {f"{name}.weight" for name in TENSORS}
+        for name, value in arrays(STATES[1], "gradient").items():
+            found = np.zeros(value.size, np.float32)
+            reader.read("gradient", f"{name}.weight", 0, found)
+            np.testing.assert_array_equal(found, value.ravel())

@@ -433,6 +433,15 @@ class _Files:
 
 
 def _twice(one: LoggedStep, other: LoggedStep) -> InputError:
+    if other.storage.suffix == ".npy":  # which contains one array, so that a step may need several
+        return InputError(
+            f"step {one.number} has several arrays: {one.storage.name} and {other.storage.name}",
+            where=f"{other.storage}, step {one.number}",
+            why="only one file of parameters and one of gradients can have the same number; the names do not show "
+            "how the others belong together",
+            remedy=f"move the files of each step into a separate folder, such as step_{one.number}, without the "
+            "number in their names, or select files with --pattern",
+        )
     return InputError(
         f"step {one.number} exists twice: {one.storage.name} and {other.storage.name}",
         where=f"{other.storage}, step {one.number}",
