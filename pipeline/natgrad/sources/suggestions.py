@@ -20,6 +20,9 @@ from natgrad.sources.steps import LoggedTensor
 __all__ = ["suggested_map", "suggested_patterns"]
 
 _PATTERNS = 8
+_CANDIDATES = 32
+"""Number of keys of gradients that are tried."""
+
 _STARS = 3
 _DEPTH = 3
 
@@ -137,8 +140,9 @@ def _arrays(keys: Mapping[str, LoggedTensor | float]) -> dict[str, str]:
         if isinstance(tensor, LoggedTensor) and tensor.dtype in STORAGE_DTYPES
     }
     groups = _groups(tensors)
-    gradients = sorted((key for key in groups if _last_words(key) & _GRADIENT), key=len)
-    for gradient in gradients:
+    gradients = [key for key in groups if _last_words(key) & _GRADIENT]
+    gradients.sort(key=lambda key: (-len(groups[key]), len(key)))  # the keys of most tensors first
+    for gradient in gradients[:_CANDIDATES]:
         names = groups[gradient]
         candidates = [
             key
