@@ -38,20 +38,15 @@ def new_axes():
 def test_bins_have_the_median_and_the_range_of_their_finite_values(values, columns):
     variable = xr.DataArray(values, {"step": np.arange(len(values))}, "step")
     found = binned(variable, columns)
-    width = max(-(-len(values) // columns), 1)
-    assert found.sizes["step"] == -(-len(values) // width) <= max(columns, 1)
-    for index, start in enumerate(range(0, len(values), width)):
-        part = values[start : start + width]
-        part = part[np.isfinite(part)]
+    count = min(len(values), columns)
+    assert found.sizes["step"] == count
+    for index in range(count):
+        start, stop = index * len(values) // count, (index + 1) * len(values) // count
+        part = np.sort(values[start:stop][np.isfinite(values[start:stop])])
         assert found["step"].values[index] == start
-        if part.size:
-            ordered = np.sort(part)
-            low, high = ordered[(len(part) - 1) // 2], ordered[len(part) // 2]
-            np.testing.assert_array_equal(found["median"].values[index], low / 2 + high / 2)
-            np.testing.assert_array_equal(found["least"].values[index], part.min())
-            np.testing.assert_array_equal(found["greatest"].values[index], part.max())
-        else:
-            assert np.isnan([found[name].values[index] for name in ("median", "least", "greatest")]).all()
+        expected = [part[(len(part) - 1) // 2], part[0], part[-1]] if part.size else [np.nan] * 3
+        for name, value in zip(("median", "least", "greatest"), expected, strict=True):
+            np.testing.assert_array_equal(found[name].values[index], value)
 
 
 def test_a_short_run_is_drawn_step_by_step():

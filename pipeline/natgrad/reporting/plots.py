@@ -6,7 +6,7 @@ drawing of any run therefore takes bounded time and memory, and is never a solid
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -14,6 +14,8 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
+from natgrad.reporting.binning import Bins
+from natgrad.reporting.binning import binned as reduced
 from natgrad.results.ranking import rank_dataset, select, step_parts
 from natgrad.schema.errors import InputError
 from natgrad.schema.names import RUN, STEP, TENSOR
@@ -174,31 +176,23 @@ def binned(variable: xr.DataArray, columns: int = COLUMNS) -> xr.Dataset:
         ``median``, ``least`` and ``greatest``, NaN in bins without a finite value. ``step`` is the first step of
         each bin.
     """
-    steps = variable.sizes[STEP]
-    width = max(-(-steps // columns), 1)
     leading = variable.transpose(STEP, ...)
-    parts: list[list[NDArray[np.float64]]] = []
-    for part in step_parts(leading.to_dataset(name="values"), width):
-        values = part["values"].values.astype(np.float64)
-        values[~np.isfinite(values)] = np.nan
-        parts += [_reduced(values[low : low + width]) for low in range(0, len(values), width)]
-    shape = (0, *leading.shape[1:])
-    columns_of = [np.stack(column) for column in zip(*parts, strict=True)] if parts else [np.empty(shape)] * 3
+    bins = Bins.of(0, leading.sizes[STEP], columns)
+    shape = (len(bins.edges) - 1, *leading.shape[1:])
+
+    def blocks() -> Iterator[NDArray[np.float64]]:
+        for part in step_parts(leading.to_dataset(name="values")):
+            values = part["values"].values.astype(np.float64)
+            yield np.where(np.isfinite(values), values, np.nan).reshape(len(values), -1)
+
+    found: dict[str, Any] = {name: np.empty(shape) for name in ("median", "least", "greatest")}
+    if leading.size:
+        found = {name: values.T.reshape(shape) for name, values in vars(reduced(blocks(), bins)).items()}
     labels = {name: label for name, label in leading.coords.items() if STEP not in label.dims}
-    named = zip(("median", "least", "greatest"), columns_of, strict=True)
     return xr.Dataset(
-        {name: (leading.dims, values) for name, values in named},
-        {**labels, STEP: leading[STEP].values[::width]},
+        {name: (leading.dims, values) for name, values in found.items()},
+        {**labels, STEP: leading[STEP].values[bins.edges[:-1]]},
     )
-
-
-def _reduced(values: NDArray[np.float64]) -> list[NDArray[np.float64]]:
-    """Return the median, the smallest and the largest number along the first axis; NaN if there is none."""
-    ordered = np.sort(values, axis=0)  # NaN last
-    known = (~np.isnan(ordered)).sum(axis=0, keepdims=True)
-    last = np.maximum(known - 1, 0)
-    low, high = (np.take_along_axis(ordered, at, axis=0)[0] for at in (last // 2, (last + 1) // 2))
-    return [low / 2 + high / 2, ordered[0], np.take_along_axis(ordered, last, axis=0)[0]]
 
 
 def _by_label(variable: xr.DataArray) -> dict[str, xr.DataArray]:
