@@ -1,41 +1,37 @@
 """Start the command that serves a report, open the page in a browser, and end the command."""
 
 import json
-import shutil
 import signal
 import subprocess
 from pathlib import Path
 
 import numpy as np
 
+from browsers import browser
 from commands import NATGRAD
-from lazy import Lazy
 from natgrad.app import run
 
-sync_api = Lazy("playwright.sync_api")
+__all__ = ["browser"]  # a fixture
 
 
-def test_a_browser_shows_raw_values_of_tensors_until_the_command_is_interrupted(tmp_path):
+def test_a_browser_shows_raw_values_of_tensors_until_the_command_is_interrupted(tmp_path, browser):
     run.ingest_run(Path(__file__).parents[2] / "data" / "linear_system", tmp_path / "out")
     run.analyze_run(tmp_path / "out", run.Analysis(workers=1, windows=(1, 5)))
     command = [NATGRAD, "report", tmp_path / "out", "--serve", "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         address = json.loads(process.stdout.readline())["serving"]
-        with sync_api.sync_playwright() as playwright:
-            path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
-            browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
-            page = browser.new_page()
-            complaints = []
-            page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
-            page.goto(address)
-            page.wait_for_function("window.report?.zoomed")
-            page.select_option("#window", "5")
-            page.wait_for_function("report.zoomed && report.window === 5")
-            page.click("#zoom-in")
-            page.wait_for_function("report.zoomed.cells['angle|gradient|5']?.edges[0] === report.positionAt()")
-            found = page.evaluate("Array.from(report.cells('angle').median.subarray(0, 3))")
-            first = page.evaluate("report.cells('angle').edges[0]")
-            browser.close()
+        page = browser.new_page()
+        complaints = []
+        page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+        page.goto(address)
+        page.wait_for_function("window.report?.zoomed")
+        page.select_option("#window", "5")
+        page.wait_for_function("report.zoomed && report.window === 5")
+        page.click("#zoom-in")
+        page.wait_for_function("report.zoomed.cells['angle|gradient|5']?.edges[0] === report.positionAt()")
+        found = page.evaluate("Array.from(report.cells('angle').median.subarray(0, 3))")
+        first = page.evaluate("report.cells('angle').edges[0]")
+        page.close()
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 0
     assert complaints == []

@@ -11,12 +11,15 @@ import pytest
 import xarray as xr
 from PIL import Image
 
+from browsers import browser
 from logs import random_walk, write_log
 from natgrad.app import run
 from natgrad.reporting import page as report
 from natgrad.reporting.run_results import number
 from natgrad.schema.errors import InputError
 from natgrad.schema.variables import Status
+
+__all__ = ["browser"]  # a fixture
 
 NAME = "<script>alert('run')</script> & $x_1$ \N{SNOWMAN} \N{CJK UNIFIED IDEOGRAPH-5B66}"
 WINDOW = 4
@@ -646,3 +649,23 @@ def test_hostile_names_of_tensors_stay_text(browser, tmp_path):
         assert view.page.locator("img, b:has-text('x')").count() == 0
         assert view.complaints == []
         assert [url for url in view.requests if not url.startswith("data:")] == [page.as_uri()]
+
+
+@pytest.mark.parametrize("missing", ["gradient", "learning_rate"])
+def test_a_run_that_lacks_gradients_or_learning_rates_is_drawn(browser, tmp_path, missing):
+    states = [
+        {key: value for key, value in state.items() if not key.startswith(missing)} for state in random_walk(8)
+    ]
+    run.ingest_run(write_log(tmp_path / "log", states), tmp_path / "out")
+    run.analyze_run(tmp_path / "out", run.Analysis(workers=1))
+    page = Path(run.report_run([tmp_path / "out"]).report)
+    with View(browser, page.as_uri()) as view:
+        figures = {"update_to_weight", "loss", "heat"}
+        if missing == "learning_rate":
+            figures |= {"angle", "condition_number", "spectrum", "average"}
+        assert set(view("Object.keys(report.figures)")) == figures
+        assert len(names(view)) == 3
+        steps, sizes = view.curve("update_to_weight")
+        assert steps == list(range(7))
+        assert None not in sizes
+        assert view.complaints == []

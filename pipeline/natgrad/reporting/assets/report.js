@@ -233,7 +233,8 @@ class Overview {
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.applyTheme())
     addEventListener("beforeprint", () => { document.documentElement.dataset.print = "yes"; this.applyTheme() })
     addEventListener("afterprint", () => { delete document.documentElement.dataset.print; this.applyTheme() })
-    await this.chooseRun(0, page.compared ? "run" : undefined)
+    const first = page.runs.findIndex((run) => run.gradient)
+    await this.chooseRun(Math.max(first, 0), page.compared ? "run" : undefined)
   }
 
   async chooseRun(index, kind) {
@@ -919,10 +920,10 @@ class Overview {
   // Figure 3 of the paper
 
   buildPaper() {
-    const target = find("paper-figures")
-    target.replaceChildren()
     this.paper = null
     if (!find("figure-3")) return
+    const target = find("paper-figures")
+    target.replaceChildren()
     find("figure-3").hidden = !this.run.gradient
     if (!this.run.gradient) return
     find("paper-legend").replaceChildren(...["λmax", "λmid", "λmin"].map((name, index) => {
