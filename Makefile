@@ -72,6 +72,7 @@ bench: install
 	$(BIN)/python -m benchmarks
 	$(BIN)/python -m benchmarks.scanning
 	$(BIN)/python -m benchmarks.recording
+	$(BIN)/python -m benchmarks.replay
 	$(BIN)/python -m benchmarks.scale --steps 1e3
 
 lint: install

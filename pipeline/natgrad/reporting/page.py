@@ -329,8 +329,12 @@ def _facts(run: RunResults) -> dict[str, str]:
     else:
         low, _, high = (number(rate) for rate in rates)
         facts["Learning rate"] = low if low == high else f"{low} to {high}"
-    if run.attributes.get("gradient_source") == "recovered":
+    source = str(run.attributes.get("gradient_source", "logged"))
+    if source == "recovered":
         facts["Gradients"] = qualification_text(run.attributes)
+    elif source == "replayed":
+        replay = dict(run.attributes.get("replay", {}))
+        facts["Gradients"] = f"replayed: the objective {replay.get('objective')}, evaluated at each state"
     facts["Objective"] = str(run.objective)
     facts |= _window_facts(run)
     bounded = run.model.get("shifted_metric")
