@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from natgrad.app import options
 from natgrad.app.diagnosis.candidates import Deadline
 from natgrad.app.diagnosis.contents import contents_of
 from natgrad.app.diagnosis.diagnose import Diagnosis, diagnose, no_log
@@ -20,6 +21,7 @@ from natgrad.app.diagnosis.loss_consistency import objective_of
 from natgrad.app.diagnosis.proposals import LOG_READERS
 from natgrad.app.summaries import Inspection
 from natgrad.compute.plan import PlanLimits, plan_shape
+from natgrad.results.grouping import groups_of
 from natgrad.results.sizes import require_memory
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import (
@@ -68,7 +70,15 @@ NEEDED_FOR: dict[str, tuple[str, str]] = {
         "log it, or add a log of scalars as another SOURCE",
     ),
     HVP: ("the descent 'taylor', eq. (16)", "log H (theta_{t+1} - theta_t) as hvp"),
-    "hessian_min_eigenvalue": ("learning_rate_bound, eq. (18)", "log it, for example by Lanczos"),
+    "hessian_min_eigenvalue": (
+        "learning_rate_bound, eq. (18)",
+        "log it, for example by Lanczos, or use natgrad replay --hessian-eigenvalues",
+    ),
+    "hessian_max_eigenvalue": (
+        "the result of the same name, the largest curvature",
+        "log it, for example by Lanczos, or use natgrad replay --hessian-eigenvalues",
+    ),
+    "taylor_point": ("the result of the same name, lambda of eq. (11)", "use natgrad replay --taylor-point"),
     "loss_time_derivative": (
         "losses that change with time, section 2.1",
         "log dL/dt if the loss changes with time",
@@ -392,7 +402,11 @@ def _plan(
     if len(listed) > 1 and elements:
         try:
             plan = plan_shape(shape, memory_limit=memory_limit)
-            of_results = require_memory(shape, [1], PlanLimits().reserved_bytes, memory_limit)
+            defaults = options.validated(options.AnalyzeOptions, {})
+            groups = len(groups_of(shape.layout.names, defaults["groups"]))
+            of_results = require_memory(
+                shape, defaults["windows"], PlanLimits().reserved_bytes, memory_limit, groups
+            )
         except InputError as error:
             found["worker_memory"] = f"exceeds --memory-limit: {error.what}"
         else:
