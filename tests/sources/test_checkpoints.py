@@ -382,7 +382,7 @@ def test_a_duplicate_step_is_refused_and_both_files_are_named(tmp_path, names, s
 @pytest.mark.parametrize("format", [name for name, format in FORMATS.items() if format.scalars is None])
 def test_a_folder_without_steps_is_refused(tmp_path, format):
     (tmp_path / "notes.txt").write_text("nothing yet")
-    with pytest.raises(InputError, match="there are no (step files|ledgers)") as caught:
+    with pytest.raises(InputError, match=r"there are no (step files|ledgers)") as caught:
         open_source(tmp_path, format).steps()
     assert caught.value.where == str(tmp_path)
 
