@@ -21,7 +21,7 @@ from natgrad.results.recovery import Recovery
 from natgrad.results.variables import METRIC_BITS, NORM_BITS, VARIABLES
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import Layout
-from natgrad.schema.names import DESCENTS, ledger_vectors
+from natgrad.schema.names import DESCENTS, HESSIAN_NUMBERS, ledger_vectors
 from natgrad.schema.variables import ShiftedMetric, Status
 from natgrad.schema.version import RESULTS_VERSION, __version__
 from natgrad.store import open_store
@@ -933,6 +933,7 @@ def test_xarray_alone_opens_the_results_and_finds_every_name(tmp_path):
     table = table_of(walk())
     extremes = np.ones((len(table.steps), len(TENSORS)))
     optional = {"optimizer": Optimizer(extremes, extremes, extremes), "recovery": Recovery(*[extremes] * 6)}
+    optional |= dict.fromkeys(HESSIAN_NUMBERS, extremes[:, 0])
     table = replace(table, weight_decay=0.1 * extremes, **optional)
     tree = dataset.label(table, windows=[2], gammas=dataset.GAMMAS, provenance={"source": "a log"})
     dataset.write(tree, open_store(tmp_path / "results.zarr"), {})
@@ -963,6 +964,7 @@ print(json.dumps([table, tree.attrs, {n: tree["tensor"][n].values.tolist() for n
     assert set(VARIABLES) - set(variables["tensor"]) == of_the_model | {
         "learning_rate_bound_optimal",
         "shifted_metric",
+        *HESSIAN_NUMBERS,
     }
     for group, leading in (("model", ["step"]), ("tensor", ["step", "tensor"])):
         for name, (_, attrs) in variables[group].items():

@@ -290,7 +290,8 @@ def test_the_table_has_every_format_and_every_ability():
             assert set(table[kind][ability]) == set(writers), ability
         written = {format.partition(",")[0] for format in writers}
         known = {name for name, format in FORMATS.items() if (format.scalars is not None) == (kind == "scalars")}
-        assert written == known
+        # A log of ledgers has no states. Ledgers and results of both are compared in test_products.py.
+        assert written == known - {"ledgers"}
 
 
 def test_a_refusal_is_not_taken_for_another_one():

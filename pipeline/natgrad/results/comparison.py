@@ -139,7 +139,7 @@ def _warnings(options: Mapping[str, Mapping[str, Any]], align: str) -> list[str]
     found = []
     if len(values("gradient source")) > 1:
         found.append("the gradients of the runs have different sources, so their angles may mean different things")
-    if len(values("evaluation")) > 1 or len(values("objective")) > 1:
+    if len(values("evaluation")) > 1 or {"consistent", "inconsistent"} <= values("objective"):
         found.append("the losses of the runs are evaluated on different kinds of data")
     batches = [n for n, of in options.items() if of["evaluation"] == "batch" or of["objective"] == "inconsistent"]
     if align == "loss" and batches:
