@@ -116,6 +116,7 @@ COLUMNS = {
     "kernel": 1,
     "natgrad_flows": 2,
     "objectives": 1,
+    "optax": 2,
     "recording": 0,
     "reporting": 4,
     "results": 4,

@@ -26,6 +26,7 @@ IMPORTS = {
     "theory": {"schema"},
     "recording": {"schema", "kernel", "theory"},
     "experiments": {"schema", "recording"},
+    "optax": {"schema", "recording"},
     "store": {"schema", "storage", "kernel", "theory"},
     "sources": {"schema", "storage", "kernel", "theory"},
     "results": {"schema", "storage", "kernel", "theory", "store", "sources"},
@@ -66,7 +67,8 @@ HOMES = {
     "fsspec": {"storage"},
     "mlxtend": {"experiments"},
     "torch": {"recording", "objectives"},
-    "jax": {"objectives"},
+    "jax": {"objectives", "optax"},
+    "optax": {"optax"},
     "transformers": {"recording"},
     "lightning": {"recording"},
 }

@@ -57,6 +57,16 @@ def test_the_guide_to_pytorch_records_and_processes_runs(tmp_path, monkeypatch):
     assert natgrad.open_results("runs/weights")["model"]["step"].values.tolist() == [0, 10, 20]
 
 
+def test_the_guide_to_jax_records_and_processes_a_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = DOCS / "howto" / "jax.md"
+    assert run_page(page) == blocks(page) == 2
+    results = natgrad.open_results("runs/jax")
+    assert (results.attrs["gradient_source"], results.attrs["evaluation"]) == ("recorded", "fixed")
+    assert results["model"]["step"].values.tolist() == [*range(20)]
+    assert np.isfinite(results["model"]["learning_rate"]).all()
+
+
 def test_the_guide_to_xarray_opens_draws_and_exports_a_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     process(write_log(tmp_path / "log", random_walk(22)), tmp_path / "runs" / "momentum", windows=(1, 20))
