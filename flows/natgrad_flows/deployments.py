@@ -15,7 +15,7 @@ from prefect.deployments.runner import RunnerDeployment
 from prefect.exceptions import ObjectNotFound
 from prefect.types.entrypoint import EntrypointType
 
-from natgrad.app import options
+from natgrad.app import declarations, options
 from natgrad.schema.errors import InputError
 from natgrad.schema.logs import logger
 from natgrad.storage import require_local
@@ -107,8 +107,10 @@ def deployments(root: options.Root, out: options.RunsFolder, values: Mapping[str
     InputError
         If an option is not valid, or there is not exactly one schedule.
     """
-    scanning = options.validated(options.ScanFlowOptions, options.selected(options.ScanFlowOptions, values))
-    schedule = options.validated(options.ScheduleOptions, options.selected(options.ScheduleOptions, values))
+    scanning, schedule = (
+        declarations.validated(kind, declarations.selected(kind, values))
+        for kind in (options.ScanFlowOptions, options.ScheduleOptions)
+    )
     cron, every, name = schedule["cron"], schedule["every"], schedule["name"]
     if (cron is None) == (every is None):
         raise InputError(

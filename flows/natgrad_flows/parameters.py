@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import PlainValidator, WithJsonSchema
 
-from natgrad.app import options
+from natgrad.app import declarations
 
 __all__ = ["with_parameters"]
 
@@ -26,9 +26,9 @@ def with_parameters(kind: Any) -> Callable[[F], F]:
     kind : type
         Set of options of `natgrad.app.options`.
     """
-    return options.with_options(kind, _parameter_type)
+    return declarations.with_options(kind, _parameter_type)
 
 
-def _parameter_type(declared: options.DeclaredOption) -> Any:
+def _parameter_type(declared: declarations.DeclaredOption) -> Any:
     # An InputError is a ValueError, so pydantic reports its text.
     return Annotated[Any, PlainValidator(declared.validated), WithJsonSchema(declared.json_schema())]

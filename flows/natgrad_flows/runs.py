@@ -31,7 +31,7 @@ from prefect.context import TagsContext
 from prefect.runtime import flow_run, task_run
 from prefect.states import Completed, Crashed
 
-from natgrad.app import options
+from natgrad.app import declarations, options
 from natgrad.app.run import Analysis
 from natgrad.app.scan import Busy, Outcome, error_parts, only_processor, process_once
 from natgrad.app.stages import analyze_stage, ingest_stage, replay_stage, report_stage
@@ -146,7 +146,7 @@ def _worker(values: Mapping[str, Any]) -> Worker:
 def _ingest(
     source: options.Source, out: options.Out, values: Mapping[str, Any], analysis: Analysis | None, worker: Worker
 ) -> dict[str, Any]:
-    return _called(worker, out, ingest_stage, source, out, options.selected(_IngestedWith, values), analysis)
+    return _called(worker, out, ingest_stage, source, out, declarations.selected(_IngestedWith, values), analysis)
 
 
 @task(name="analyze", **_RETRY)
@@ -156,7 +156,7 @@ def _analyze(out: options.Out, analysis: Analysis, worker: Worker) -> dict[str, 
 
 @task(name="replay", **_RETRY)
 def _replay(source: options.Source, out: options.Out, values: Mapping[str, Any], worker: Worker) -> dict[str, Any]:
-    return _called(worker, out, replay_stage, source, out, options.selected(options.ReplayOptions, values))
+    return _called(worker, out, replay_stage, source, out, declarations.selected(options.ReplayOptions, values))
 
 
 @task(name="report", **_RETRY)

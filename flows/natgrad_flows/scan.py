@@ -31,7 +31,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.runtime import flow_run
 from prefect.states import Completed, Failed, Running
 
-from natgrad.app import options
+from natgrad.app import declarations, options
 from natgrad.app.folder import RunFolder
 from natgrad.app.scan import Busy, FoundRun, Outcome, only_processor, process_in, process_once, scan_root
 from natgrad.app.worker import Worker
@@ -79,7 +79,7 @@ def scan_runs(root: options.Root, out: options.RunsFolder, **values: Unpack[opti
         records = _Records(client)
         if values["keep_days"] is not None:
             records.attempt(delete_history, client, timedelta(days=values["keep_days"]))
-        links = options.selected(options.LinkOptions, values)
+        links = declarations.selected(options.LinkOptions, values)
         summary = scan_root(root, out, values, partial(_process, records, links))
         rows = [asdict(one) for one in summary.runs if one.state != "unchanged"]
         with tags("natgrad"):

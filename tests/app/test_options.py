@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import natgrad
 from logs import random_walk, write_log
-from natgrad.app import options
+from natgrad.app import declarations, options
 from natgrad.compute.plan import PlanLimits
 from natgrad.results import dataset
 from natgrad.schema.errors import InputError
@@ -32,18 +32,18 @@ COMMANDS = {
 }
 OPENERS = ("open_results", "open_trajectory", "open_ledger")
 SETS = (*COMMANDS.values(), options.ScheduleOptions)
-NO_OPTIONS = {"source", "sources", "out", "outs", "root", "progress", "page", "as_json", "quiet"}
+NO_OPTIONS = {"source", "sources", "out", "outs", "root", "progress", "page", "serve", "port", "as_json", "quiet"}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_command_function_and_docstring_list_the_same_options(name):
-    declared = options.declared(COMMANDS[name])
+    declared = declarations.declared(COMMANDS[name])
     command = {one.name: one for one in typer.main.get_command(app).commands[name].params}
     function = inspect.signature(getattr(natgrad, name)).parameters
     assert set(function) - NO_OPTIONS == set(declared)
     # The command `scan` uses Prefect, the function does not.
     of_prefect = (options.HistoryOptions, options.LinkOptions) if name == "scan" else ()
-    shown = {option for kind in of_prefect for option in options.declared(kind)}
+    shown = {option for kind in of_prefect for option in declarations.declared(kind)}
     assert set(command) - NO_OPTIONS == set(declared) | shown
     for one in declared.values():
         assert one.flag in command[one.name].opts
@@ -64,20 +64,20 @@ def test_parameters_of_a_single_command_keep_their_defaults():
 @pytest.mark.parametrize("name", ["serve", "deploy"])
 def test_scheduled_scans_have_the_options_of_a_scan(name):
     command = {one.name for one in typer.main.get_command(app).commands[name].params}
-    assert command >= {*options.declared(options.ScanOptions), *options.declared(options.ScheduleOptions)}
+    assert command >= {*declarations.declared(options.ScanOptions), *declarations.declared(options.ScheduleOptions)}
 
 
 def test_every_default_is_valid_and_a_description_is_a_sentence():
     for kind in SETS:
-        defaults = {name: one.option.default for name, one in options.declared(kind).items()}
-        assert options.validated(kind, {}) == options.validated(kind, defaults) == defaults
-        for one in options.declared(kind).values():
+        defaults = {name: one.option.default for name, one in declarations.declared(kind).items()}
+        assert declarations.validated(kind, {}) == declarations.validated(kind, defaults) == defaults
+        for one in declarations.declared(kind).values():
             assert one.option.description.endswith(".")
 
 
 def test_defaults_are_those_of_the_results():
     *first, last = (f"{gamma:g}" for gamma in dataset.GAMMAS)
-    unset = options.declared(options.AnalyzeOptions)["gammas"].option.unset
+    unset = declarations.declared(options.AnalyzeOptions)["gammas"].option.unset
     assert unset == f"{', '.join(first)} and {last}, for the model only"
 
 
@@ -86,12 +86,12 @@ def test_numbers_are_accepted_only_in_their_range(window, rate, gamma):
     values = {"windows": [window], "learning_rate": rate, "gammas": [gamma]}
     valid = window >= 1 and rate > 0 and 0 < gamma < float("inf")
     if valid:
-        assert options.validated(options.AnalyzeOptions, values) | values == options.validated(
+        assert declarations.validated(options.AnalyzeOptions, values) | values == declarations.validated(
             options.AnalyzeOptions, values
         )
     else:
         with pytest.raises(InputError, match=r"must be (at least 1|greater than 0|finite)"):
-            options.validated(options.AnalyzeOptions, values)
+            declarations.validated(options.AnalyzeOptions, values)
 
 
 REFUSED = [
@@ -203,7 +203,7 @@ VALUES = {
 
 @pytest.mark.parametrize("name", VALUES)
 def test_equivalent_values_have_one_normal_form_which_is_valid(name):
-    option = options.declared(options.ProcessOptions)[name]
+    option = declarations.declared(options.ProcessOptions)[name]
     first, *others = (option.validated(value) for value in VALUES[name])
     assert json.dumps(first) == json.dumps(option.validated(first))
     assert all(json.dumps(other) == json.dumps(first) for other in others)
@@ -222,7 +222,7 @@ def test_docstrings_do_not_use_words_of_the_command_line():
         # {step} is part of a pattern. Other braces are names that were not filled in.
         assert not re.search(r"--\w|Repeatable|[{}]", text.replace("{step}", ""))
     assert "windows : sequence of int, optional" in natgrad.process.__doc__
-    assert "Repeatable." in options.declared(options.ProcessOptions)["windows"].description(command_line=True)
+    assert "Repeatable." in declarations.declared(options.ProcessOptions)["windows"].description(command_line=True)
 
 
 def test_a_file_instead_of_a_folder_is_refused(tmp_path):
@@ -321,6 +321,6 @@ def test_a_scan_starts_nothing_without_the_workers_that_it_needs(tmp_path):
 @pytest.mark.parametrize("value", ["/data/runs", "=http://lab", "/data=ftp://lab", "http://lab"])
 def test_an_address_of_reports_is_a_folder_and_a_url(value):
     with pytest.raises(InputError, match="report_url must be FOLDER=URL"):
-        options.validated(options.LinkOptions, {"report_url": value})
-    checked = options.validated(options.LinkOptions, {"report_url": "/data=https://lab/x?a=b"})
+        declarations.validated(options.LinkOptions, {"report_url": value})
+    checked = declarations.validated(options.LinkOptions, {"report_url": "/data=https://lab/x?a=b"})
     assert checked == {"report_url": "/data=https://lab/x?a=b", "alert_angle": None}

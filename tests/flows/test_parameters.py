@@ -3,7 +3,7 @@
 import pytest
 
 from lazy import Lazy
-from natgrad.app import options
+from natgrad.app import declarations, options
 
 demo = Lazy("natgrad_flows.demo")
 runs = Lazy("natgrad_flows.runs")
@@ -38,7 +38,7 @@ FLOWS = {
 def test_the_parameter_form_has_every_option_with_its_description(name):
     flow, *models = FLOWS[name]()
     assert flow.name == name
-    declared = {option: one for model in models for option, one in options.declared(model).items()}
+    declared = {option: one for model in models for option, one in declarations.declared(model).items()}
     assert flow.description
     assert "----" not in flow.description  # plain words, not the sections of a docstring
     form = flow.parameters.properties

@@ -14,7 +14,7 @@ import xarray as xr
 import natgrad
 from lazy import Lazy
 from logs import random_walk, write_log, write_step
-from natgrad.app import options, run, scan
+from natgrad.app import declarations, options, run, scan
 from natgrad.app.status import status
 from natgrad.schema.errors import InputError
 from natgrad.sources import changes
@@ -272,7 +272,7 @@ def test_parameters_are_validated_before_a_run_starts(log, tmp_path, parameters)
     with pytest.raises(exceptions.ParameterTypeError) as refusal:
         runs.process_run(log, tmp_path / "never", **parameters)
     with pytest.raises(InputError) as same:
-        options.validated(options.RunOptions, parameters)
+        declarations.validated(options.RunOptions, parameters)
     assert same.value.what in str(refusal.value)
     assert not (tmp_path / "never").exists()
 

@@ -1,8 +1,8 @@
 """Define the public functions that process one run, which ``import natgrad`` exposes under the same names.
 
-All arguments and options are validated before a function runs (`natgrad.app.options.with_options`). The command
-line calls these functions. A library that only some functions need is imported inside them: `inspect` and `verify`
-load neither the compiler nor xarray.
+All arguments and options are validated before a function runs (`natgrad.app.declarations.with_options`). The
+command line calls these functions. A library that only some functions need is imported inside them: `inspect` and
+`verify` load neither the compiler nor xarray.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 
-from natgrad.app import options
+from natgrad.app import declarations, options
 from natgrad.app.follow import follow
 from natgrad.app.progress import stage
 from natgrad.app.summaries import (
@@ -48,7 +48,7 @@ __all__ = [
 T = TypeVar("T", bound=IngestSummary)
 
 
-@options.with_options(options.ProcessOptions)
+@declarations.with_options(options.ProcessOptions)
 def process(
     source: options.Source,
     out: options.Out,
@@ -87,7 +87,7 @@ def process(
     return _repeated(once, values)
 
 
-@options.with_options(options.IngestOptions)
+@declarations.with_options(options.IngestOptions)
 def ingest(
     source: options.Source,
     out: options.Out,
@@ -116,7 +116,7 @@ def ingest(
         found = run.ingest_run(
             source,
             out,
-            **options.selected(options.ReadOptions, values),
+            **declarations.selected(options.ReadOptions, values),
             overwrite=values["overwrite"] and first,
             wait=wait,
             progress=progress,
@@ -141,7 +141,7 @@ def _repeated(once: Callable[[bool, StepWait | None], T | None], values: Mapping
     )
 
 
-@options.with_options(options.ReplayOptions)
+@declarations.with_options(options.ReplayOptions)
 def replay(
     source: options.Source,
     out: options.Out,
@@ -169,7 +169,7 @@ def replay(
     return run.replay_run(source, out, values, progress=progress)
 
 
-@options.with_options(options.AnalyzeOptions)
+@declarations.with_options(options.AnalyzeOptions)
 def analyze(
     out: options.Out,
     *,
@@ -197,7 +197,7 @@ def analyze(
     return run.analyze_run(out, analysis, progress=progress)
 
 
-@options.with_options(options.VersionOptions)
+@declarations.with_options(options.VersionOptions)
 def report(
     outs: options.Outs,
     page: options.Page = None,
@@ -223,7 +223,7 @@ def report(
     return run.report_run([outs] if isinstance(outs, str | Path) else outs, page, values["version"])
 
 
-@options.with_options()
+@declarations.with_options()
 def compare(
     outs: options.Outs, align: options.Align = "step", page: options.ComparisonPage = None
 ) -> ComparisonSummary:
@@ -247,7 +247,7 @@ def compare(
     return run.compare_runs([outs] if isinstance(outs, str | Path) else outs, align, page)
 
 
-@options.with_options(options.InspectOptions)
+@declarations.with_options(options.InspectOptions)
 def inspect(source: options.Source, **values: Unpack[options.InspectOptions]) -> Inspection:
     """Describe a log: its contents, missing quantities, and the cost of processing it. Nothing is written.
 
@@ -268,10 +268,10 @@ def inspect(source: options.Source, **values: Unpack[options.InspectOptions]) ->
 
     logs = open_all(source)
     with storage_errors(*logs):
-        return inspect_source(logs, **options.selected(options.InspectOptions, values))
+        return inspect_source(logs, **declarations.selected(options.InspectOptions, values))
 
 
-@options.with_options(options.VersionOptions)
+@declarations.with_options(options.VersionOptions)
 def verify(out: options.Out, **values: Unpack[options.VersionOptions]) -> Verification:
     """Verify all stored data of OUT against its checksums.
 
@@ -294,7 +294,7 @@ def verify(out: options.Out, **values: Unpack[options.VersionOptions]) -> Verifi
     return Verification(damages=tuple(damages), unfinished="" if damages else unfinished(out, values["version"]))
 
 
-@options.with_options()
+@declarations.with_options()
 def materialize(out: options.Out, *, progress: options.Progress = None) -> MovedStates:
     """Copy the states of a run that was processed in place. The ledger and the results do not change.
 
@@ -316,7 +316,7 @@ def materialize(out: options.Out, *, progress: options.Progress = None) -> Moved
     return _moved(out, lambda folder: copies.materialize(folder.trajectory, stage(progress, "materialize")))
 
 
-@options.with_options()
+@declarations.with_options()
 def slim(out: options.Out) -> MovedStates:
     """Remove the copied states of a run, and keep its ledger, results and checksums. The run can still grow.
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
 import typer
 
-from natgrad.app import options
+from natgrad.app import declarations, options
 from natgrad.schema.errors import InputError
 from natgrad.schema.summary import Summary, summary_lines
 from natgrad.schema.text import encodable, printable, table_lines
@@ -58,7 +58,7 @@ _LAST = ("as_json", "quiet")
 """Parameters that the help of a command lists last."""
 
 
-def command_options(kind: Any = options.NoOptions) -> Callable[[F], F]:
+def command_options(kind: Any = declarations.NoOptions) -> Callable[[F], F]:
     """Decorate a command: derive its arguments and options from `natgrad.app.options`, for Typer.
 
     Parameters
@@ -66,7 +66,7 @@ def command_options(kind: Any = options.NoOptions) -> Callable[[F], F]:
     kind : type, optional
         Set of options that the command takes as ``**values``.
     """
-    validating = options.with_options(kind, _typer_parameter, _typer_default)
+    validating = declarations.with_options(kind, _typer_parameter, _typer_default)
 
     def decorate(function: F) -> F:
         command = validating(function)
@@ -89,12 +89,12 @@ def command_options(kind: Any = options.NoOptions) -> Callable[[F], F]:
     return decorate
 
 
-def _typer_default(declared: options.DeclaredOption) -> Any:
+def _typer_default(declared: declarations.DeclaredOption) -> Any:
     """Return the default for Typer. It is None for options that the validation sets to their own default."""
     return declared.option.default if declared.kinds == (bool,) or declared.option.positional else None
 
 
-def _typer_parameter(declared: options.DeclaredOption) -> Any:
+def _typer_parameter(declared: declarations.DeclaredOption) -> Any:
     """Return the annotation that describes an argument or option to Typer. Its value is validated later."""
     option, kind = declared.option, declared.kinds[-1]
     # Typer parses numbers and flags. Pairs and amounts of memory remain text.
@@ -477,7 +477,7 @@ def demo(
     from natgrad.experiments.demo import WINDOW, write_demo_logs
     from natgrad.storage import require_local
 
-    checked = options.validated(options.RunOptions, values | {"windows": [WINDOW]})
+    checked = declarations.validated(options.RunOptions, values | {"windows": [WINDOW]})
     folder, output = require_local(out, "OUT"), Output(as_json, quiet)
     runs = {}
     for name, log in write_demo_logs(folder / "logs").items():

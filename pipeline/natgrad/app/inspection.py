@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from natgrad.app import options
+from natgrad.app import declarations, options
 from natgrad.app.diagnosis.candidates import Deadline
 from natgrad.app.diagnosis.contents import contents_of
 from natgrad.app.diagnosis.diagnose import Diagnosis, diagnose, no_log
@@ -402,7 +402,7 @@ def _plan(
     if len(listed) > 1 and elements:
         try:
             plan = plan_shape(shape, memory_limit=memory_limit)
-            defaults = options.validated(options.AnalyzeOptions, {})
+            defaults = declarations.validated(options.AnalyzeOptions, {})
             groups = len(groups_of(shape.layout.names, defaults["groups"]))
             of_results = require_memory(
                 shape, defaults["windows"], PlanLimits().reserved_bytes, memory_limit, groups

@@ -12,7 +12,7 @@ from typing import Any, TypeVar, Unpack
 import xarray as xr
 
 import natgrad.reporting.accessor  # noqa: F401  # registers the accessor
-from natgrad.app import options
+from natgrad.app import declarations, options
 from natgrad.app.folder import RunFolder
 from natgrad.results import dataset
 from natgrad.storage import storage_errors
@@ -23,7 +23,7 @@ __all__ = ["open_ledger", "open_results", "open_states", "open_trajectory"]
 T = TypeVar("T")
 
 
-@options.with_options(options.VersionOptions)
+@declarations.with_options(options.VersionOptions)
 def open_results(out: options.Out, **values: Unpack[options.VersionOptions]) -> xr.DataTree:
     """Open the labelled results of a run.
 
@@ -46,7 +46,7 @@ def open_results(out: options.Out, **values: Unpack[options.VersionOptions]) -> 
     return _opened(out, values, lambda folder: dataset.read(folder.results))
 
 
-@options.with_options(options.VersionOptions)
+@declarations.with_options(options.VersionOptions)
 def open_trajectory(out: options.Out, **values: Unpack[options.VersionOptions]) -> Trajectory:
     """Open the trajectory of a run, which contains its logged states.
 
@@ -66,7 +66,7 @@ def open_trajectory(out: options.Out, **values: Unpack[options.VersionOptions]) 
     return _opened(out, values, lambda folder: Trajectory(folder.trajectory))
 
 
-@options.with_options(options.VersionOptions)
+@declarations.with_options(options.VersionOptions)
 def open_states(out: options.Out, **values: Unpack[options.VersionOptions]) -> xr.Dataset:
     """Open the logged states of a run, copied or in the files of its log.
 
@@ -97,7 +97,7 @@ def open_states(out: options.Out, **values: Unpack[options.VersionOptions]) -> x
     return _opened(out, values, opened)
 
 
-@options.with_options(options.VersionOptions)
+@declarations.with_options(options.VersionOptions)
 def open_ledger(out: options.Out, **values: Unpack[options.VersionOptions]) -> Ledger:
     """Open the ledger of a run, which contains the Gram matrices of its updates.
 

@@ -1,7 +1,7 @@
 """Ingest, analyze and report one run. `natgrad.app.api` combines these stages for users.
 
 The functions need no Prefect server. They take options that are already validated
-(`natgrad.app.options.validated`), pass paths and never arrays, and return small summaries.
+(`natgrad.app.declarations.validated`), pass paths and never arrays, and return small summaries.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from natgrad.app import options
+from natgrad.app import declarations, options
 from natgrad.app.copying import LARGE_LOG_BYTES, copy_notice
 from natgrad.app.folder import RunFolder
 from natgrad.app.memory import memory_errors
@@ -73,7 +73,7 @@ _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 _log = logger(__name__)
 
-_DEFAULTS = {name: option.option.default for name, option in options.declared(options.AnalyzeOptions).items()}
+_DEFAULTS = {name: option.option.default for name, option in declarations.declared(options.AnalyzeOptions).items()}
 
 
 @dataclass(frozen=True)
@@ -560,7 +560,7 @@ def process_run(
     ingested = ingest_run(
         source,
         out,
-        **options.selected(options.ReadOptions, values),
+        **declarations.selected(options.ReadOptions, values),
         overwrite=overwrite,
         wait=wait,
         analysis=analysis,
@@ -605,7 +605,7 @@ def replay_run(
     folder, sources = RunFolder(LocalStorage(require_local(out, "OUT")).absolute()), open_all(source)
     replays = Replays(folder.replay)
     with storage_errors(*sources, folder.storage), ExitStack() as stack:
-        of_log = options.selected(options.RunLogOptions, values)
+        of_log = declarations.selected(options.RunLogOptions, values)
         read = ReadOptions.requested(
             sources,
             of_log["mapping"],
@@ -649,8 +649,8 @@ def replay_run(
         source,
         out,
         {
-            **{name: option.option.default for name, option in options.declared(options.RunOptions).items()},
-            **options.selected(options.RunOptions, values),
+            **{name: option.option.default for name, option in declarations.declared(options.RunOptions).items()},
+            **declarations.selected(options.RunOptions, values),
             "gradient": REPLAYED,
             "in_place": values["keep_gradients"],
             "allow_gaps": True,

@@ -27,7 +27,7 @@ from typing import Any, Unpack
 import psutil
 from filelock import FileLock, Timeout
 
-from natgrad.app import options
+from natgrad.app import declarations, options
 from natgrad.app.folder import RunFolder
 from natgrad.app.progress import StageProgress
 from natgrad.app.run import Analysis
@@ -319,7 +319,7 @@ class Outcome:
 
 def recorded_options(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that an outcome records: those of a run, except the storage kind of a new OUT."""
-    selected = options.selected(options.RunOptions, values)
+    selected = declarations.selected(options.RunOptions, values)
     return {name: value for name, value in selected.items() if name != "store"}
 
 
@@ -482,7 +482,7 @@ def scan_root(root: str | Path, out: str | Path, values: Mapping[str, Any], proc
         If a run changed, and the scheduler does not respond.
     """
     analysis = Analysis.of(values)
-    of_run = options.selected(options.RunOptions, values) | {"cluster": None}
+    of_run = declarations.selected(options.RunOptions, values) | {"cluster": None}
     memory = values["process_memory"] or psutil.virtual_memory().total // values["at_once"]
     workers = [Worker(values["stall_timeout"], memory) for _ in range(values["at_once"])]
     with ExitStack() as stack:
@@ -562,7 +562,7 @@ def _scan_run(
     return ScannedRun(run=found.name, state="processed", what=f"{summary['new_steps']} new steps")
 
 
-@options.with_options(options.ScanOptions)
+@declarations.with_options(options.ScanOptions)
 def scan(root: options.Root, out: options.RunsFolder, **values: Unpack[options.ScanOptions]) -> ScanSummary:
     """Process the runs below a folder that changed since the last scan.
 
