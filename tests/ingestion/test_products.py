@@ -132,6 +132,43 @@ def test_a_restarted_run_begins_an_attempt_where_its_updates_differ(tmp_path):
     assert natgrad.open_results(out)["model"]["step"].values.tolist() == [*range(6)]
 
 
+def record_run(folder, mode, rate, steps, **options):
+    """Record gradient descent from the parameters of a checkpoint, and return those after each step."""
+    theta, reached = options.pop("theta", np.array([3.0, -2.0])), {}
+    with natgrad.Recorder(folder, mode=mode, evaluation="fixed", **options) as recorder:
+        for step in steps:
+            reached[step] = theta.copy()
+            gradient = np.array([1.0, 4.0]) * theta
+            loss = float(theta @ gradient) / 2
+            recorder.record(
+                step, parameter={"a": theta}, gradient={"a": gradient}, loss=loss, learning_rate=rate
+            )
+            theta = theta - rate * gradient
+        recorder.record(steps[-1] + 1, parameter={"a": theta})
+    return reached
+
+
+@pytest.mark.parametrize("ingested_before", [False, True])
+def test_a_restart_has_the_same_results_in_a_log_of_ledgers_and_of_states(tmp_path, ingested_before):
+    found = {}
+    for mode in ("full", "ledger"):
+        log, out = tmp_path / mode, tmp_path / f"{mode}-out"
+        reached = record_run(log, mode, 0.1, range(6))
+        if ingested_before:
+            natgrad.process(log, out)
+        record_run(log, mode, 0.2, range(3, 8), theta=reached[3], resume=True)
+        summary = natgrad.process(log, out)
+        model = natgrad.open_results(out)["model"].sel(descent="gradient", window=1)
+        found[mode] = (summary.attempts, summary.steps, model["step"].values.tolist(), model["loss"].values)
+        notes = [text for text in summary.warnings if "stored only if" in text]
+        assert len(notes) == (mode == "ledger")
+    assert found["full"][:3] == found["ledger"][:3]
+    np.testing.assert_array_equal(found["full"][3], found["ledger"][3])
+    # The update from step 2 leads to a state of the attempt before.
+    expected = [*range(2), *range(3, 8)] if ingested_before else [*range(8)]
+    assert found["ledger"][:3] == (1 + ingested_before, 9, expected)
+
+
 def test_a_gap_divides_the_updates(tmp_path):
     write(tmp_path / "log", [0, 1, 5, 6, 7]).close()
     natgrad.process(tmp_path / "log", tmp_path / "out", windows=[1, 2])

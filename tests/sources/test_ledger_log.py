@@ -169,7 +169,7 @@ def test_files_continue_the_log_or_replace_its_end(tmp_path):
         {content.scalars.get("loss") for content, *_ in found.values()} & losses for losses in losses_of(tmp_path)
     ]
     assert [len(one) for one in of_files] == [4, 1, 3, 1]
-    assert any("2 updates that were recorded again" in note for note in found[0][0].notes)
+    assert any("2 older updates, which were recorded again" in note for note in found[0][0].notes)
 
 
 def test_updates_that_are_repeated_bit_for_bit_replace_nothing(tmp_path):
