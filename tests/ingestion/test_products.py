@@ -10,8 +10,11 @@ from hypothesis import strategies as st
 from test_last_state import KILLED
 
 import natgrad
+from natgrad.app.backend import NatgradBackend
+from natgrad.app.status import status
 from natgrad.ingestion import ingest
 from natgrad.recording.ledger_writer import LedgerWriter
+from natgrad.results.ranking import rank_dataset
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import IngestLimits
 from natgrad.schema.ledger_log import LedgerHeader, RecordedTensor, packed
@@ -140,9 +143,7 @@ def record_run(folder, mode, rate, steps, **options):
             reached[step] = theta.copy()
             gradient = np.array([1.0, 4.0]) * theta
             loss = float(theta @ gradient) / 2
-            recorder.record(
-                step, parameter={"a": theta}, gradient={"a": gradient}, loss=loss, learning_rate=rate
-            )
+            recorder.record(step, parameter={"a": theta}, gradient={"a": gradient}, loss=loss, learning_rate=rate)
             theta = theta - rate * gradient
         recorder.record(steps[-1] + 1, parameter={"a": theta})
     return reached
@@ -239,6 +240,45 @@ def test_functions_that_need_states_say_so(tmp_path):
             function(tmp_path / "out")
     trajectory = natgrad.open_trajectory(tmp_path / "out")
     assert trajectory.describe()["states"] == "none"
+
+
+def test_inspect_proposes_no_other_gradients_for_a_log_that_has_their_products(tmp_path):
+    write(tmp_path / "log", range(3)).close()
+    found = natgrad.inspect(tmp_path / "log")
+    assert found.command == f"natgrad process {tmp_path}/log OUT"
+    assert found.gradient_from is None
+    assert found.holds["products"] == "2 tensors"
+
+
+def test_runs_of_ledgers_alone_are_compared_and_opened_like_others(tmp_path):
+    for name in ("one", "two"):
+        write(tmp_path / "logs" / name, range(6), seed=len(name) + (name == "two")).close()
+        natgrad.process(tmp_path / "logs" / name, tmp_path / "runs" / name)
+    found = natgrad.compare([tmp_path / "runs" / name for name in ("one", "two")]).comparison
+    assert found.curves["step"].values.tolist() == [*range(6)]
+    for row, name in enumerate(("one", "two")):
+        tree = NatgradBackend().open_datatree(tmp_path / "runs" / name)
+        assert tree.natgrad.summary()["gradient_source"] == "recorded"
+        of_model = tree["model"].sel(descent="gradient", window=1)
+        np.testing.assert_array_equal(found.curves["angle"].values[row], of_model["angle"].values)
+        assert tree.natgrad.worst(2).index.tolist() == [one.tensor for one in rank_dataset(tree["tensor"].ds)[:2]]
+        assert tree["tensor"].natgrad.to_dataframe(variables=["angle"]).shape[0] == 12
+    assert found.warnings == []
+
+
+def test_the_status_of_a_run_of_ledgers_counts_the_updates_that_were_recorded_since(tmp_path):
+    writer = write(tmp_path / "logs" / "run", range(4))
+    natgrad.process(tmp_path / "logs" / "run", tmp_path / "runs" / "run")
+
+    def row():
+        (found,) = status(tmp_path / "runs")
+        return found["state"], found["last_step"], found["lag"], found["error"]
+
+    assert row() == ("done", 4, 0, None)
+    for step in range(4, 7):
+        writer.append(record(step))
+    writer.close()
+    assert row() == ("behind", 4, 3, None)
 
 
 def test_a_damaged_ledger_is_not_replaced(tmp_path):

@@ -64,3 +64,17 @@ def test_the_data_of_the_page_are_the_curves(tmp_path):
     assert loss["values"] == [[4, 3, 2, 1], [4, 2, 1, None], [5, 2, 1, 0.5]]
     assert "http" not in re.sub(r"<script>.*?</script>", "", text, flags=re.S).replace("http-equiv", "")
     assert {axis["name"] for axis in data["parallel"]} >= {"learning rate", "last loss"}
+
+
+def test_the_page_states_that_gradients_have_different_sources(tmp_path):
+    found = []
+    for source in ("recorded", "logged"):
+        trees = {"one": tree([2, 1], gradient_source=source), "other": tree([2, 1], gradient_source="logged")}
+        path = write_comparison(compare(trees), LocalStorage(tmp_path / f"{source}.html")).local_path
+        found.append(re.sub(r"<script.*?</script>", "", path.read_text(), flags=re.S))
+    different, equal = found
+    (warnings,) = re.findall(r'<ul class="warnings">(.*?)</ul>', different)
+    assert "different sources (logged, recorded)" in warnings
+    assert "<tr><th>gradient source</th><td>recorded</td><td>logged</td></tr>" in different
+    assert "sources" not in equal
+    assert "gradient source" not in equal

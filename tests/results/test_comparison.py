@@ -77,6 +77,19 @@ def test_differences_of_options_tensors_and_sources_are_reported():
     assert any("losses of other belong to different mini-batches" in text for text in found.warnings)
 
 
+def test_gradients_of_different_objectives_have_different_sources():
+    def replayed(objective):
+        return tree([1, 2], gradient_source="replayed", replay={"objective": objective})
+
+    same = compare({"a": replayed("tasks:first"), "b": replayed("tasks:first")})
+    assert "gradient source" not in same.options
+    assert same.warnings == []
+    found = compare({"a": replayed("tasks:first"), "b": replayed("tasks:second"), "c": tree([1, 2])})
+    assert found.options["gradient source"]["b"] == "replayed: tasks:second"
+    (warning,) = found.warnings
+    assert "(logged, replayed: tasks:first, replayed: tasks:second)" in warning
+
+
 @pytest.mark.parametrize(
     ("trees", "align", "text"),
     [

@@ -196,29 +196,43 @@ def _inspected(
 
 
 def _gradient_from(found: Diagnosis, values: Mapping[str, Any]) -> dict[str, str] | None:
-    """Return how a log without gradients can be processed with gradients, the cheapest approach first."""
+    """Return how a log without gradients can be processed with gradients, the cheapest approach first.
+
+    The cost of an approach consists of forward and backward passes, and of the seconds for everything else. How
+    long a pass takes is not known, because the objective is that of the user. Approaches that are not possible come
+    last.
+    """
     assert found.chosen is not None
-    proposal = found.chosen.proposal
-    if "gradient" in values["holds"] and not proposal.recover:
+    proposal, holds = found.chosen.proposal, values["holds"]
+    if PRODUCTS in holds or ("gradient" in holds and not proposal.recover):
         return None
     recovering = replace(proposal, recover=True).command
+    cost = (math.inf, math.inf)
     if proposal.recover:
-        recover = f"{recovering}: about {values['process_seconds']:g} s; the gradient is that of each mini-batch"
+        cost = 0, values["process_seconds"]
+        recover = f"{recovering}: about {cost[1]:g} s; the gradient is that of each mini-batch"
     elif recovering in found.refused:
         recover = f"not possible: {found.refused[recovering].what}"
     else:
         recover = "not possible: the states of the optimizer were not saved"
-    states, elements = values["steps"], values["elements"]
-    read = values.get("ingest_seconds", 0.0)
-    approaches = {
-        "recover": recover,
-        "replay": f"{proposal.replay_command}: evaluates an objective of yours at each state, which takes {states} "
-        f"forward and backward passes over its data and about {read:g} s to read the states; with "
-        f"--keep-gradients, OUT also has {states * elements * 4 / 1e9:.3g} GB of gradients",
-        "record": "natgrad.watch(optimizer, FOLDER) in the training program, for the next run: a pass over the "
-        "parameters for each update",
-    }
-    return {name: text for name, text in approaches.items() if name != "replay" or not proposal.sweep}
+    approaches = {"recover": (cost, recover)}
+    states, read = values["steps"], values.get("ingest_seconds", 0.0)
+    if not proposal.sweep:
+        gigabytes = states * values["elements"] * 4 / 1e9
+        approaches["replay"] = (
+            (states, read),
+            f"{proposal.replay_command}: evaluates an objective of yours at each state, which takes {states} "
+            f"forward and backward passes over its data and about {read:g} s to read the states; with "
+            f"--keep-gradients, OUT also has {gigabytes:.3g} GB of gradients",
+        )
+    passes = values.get("runs", 1) * (values["last_step"] - values["first_step"] + 1)
+    approaches["record"] = (
+        (passes, math.inf),
+        "natgrad.watch(optimizer, FOLDER) in the training program, for the next run: the training itself, which "
+        f"takes {passes} forward and backward passes for these steps, and a pass over the parameters for each "
+        "update",
+    )
+    return {name: text for name, (_, text) in sorted(approaches.items(), key=lambda one: one[1][0])}
 
 
 def _given(options: Mapping[str, Any]) -> bool:

@@ -206,7 +206,8 @@ class Inspection(Summary):
         Whether losses and gradients belong to one objective: what was declared with ``--evaluation``, and
         ``consistent``, ``not consistent`` or ``unknown``, with the reason.
     gradient_from : mapping of str to str, optional
-        For a log without gradients: how to obtain them, and what that takes, the cheapest approach first.
+        For a log without gradients: how to obtain them, and what that takes, the cheapest approach first. Those
+        that are not possible come last, with the reason.
     steps, first_step, last_step : int, optional
     runs : int, optional
         Number of runs of a sweep.

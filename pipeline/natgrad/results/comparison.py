@@ -125,11 +125,17 @@ def _described(tree: xr.DataTree) -> dict[str, Any]:
         **found,
         "objective": objective["consistency"],
         "evaluation": attributes.get("evaluation", "unknown"),
-        "gradient source": attributes.get("gradient_source"),
+        "gradient source": _source(attributes),
         "elements": attributes.get("elements"),
         "tensors": int(tree["tensor"].sizes[TENSOR]),
         "results version": attributes.get("results_version"),
     }
+
+
+def _source(attributes: Mapping[Any, Any]) -> str:
+    """Return where the gradients of a run come from. Replayed gradients belong to an objective of the user."""
+    source, objective = str(attributes.get("gradient_source")), attributes.get("replay", {}).get("objective")
+    return source if objective is None else f"{source}: {objective}"
 
 
 def _warnings(options: Mapping[str, Mapping[str, Any]], align: str) -> list[str]:
@@ -137,8 +143,11 @@ def _warnings(options: Mapping[str, Mapping[str, Any]], align: str) -> list[str]
         return {of_run[name] for of_run in options.values()}
 
     found = []
-    if len(values("gradient source")) > 1:
-        found.append("the gradients of the runs have different sources, so their angles may mean different things")
+    if len(sources := sorted(values("gradient source"))) > 1:
+        found.append(
+            f"the gradients of the runs have different sources ({', '.join(sources)}), so their angles may mean "
+            "different things"
+        )
     if len(values("evaluation")) > 1 or {"consistent", "inconsistent"} <= values("objective"):
         found.append("the losses of the runs are evaluated on different kinds of data")
     batches = [n for n, of in options.items() if of["evaluation"] == "batch" or of["objective"] == "inconsistent"]

@@ -217,8 +217,8 @@ class LedgerLog:
         notes: tuple[str, ...] = ()
         if self._repeated:
             notes = (
-                f"the run was restarted: {self._repeated} older updates, which were recorded again later, are stored "
-                "only if the log was ingested before the restart",
+                f"the run was restarted: {self._repeated} older updates, which were recorded again later, are "
+                "stored only if the log was ingested before the restart",
             )
         # A state without an update from it has no gradient. Only the last state of a run may lack it; others have
         # the gradient NaN, and belong to no update as a start.

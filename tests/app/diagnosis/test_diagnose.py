@@ -599,7 +599,9 @@ def test_recovery_is_proposed_if_the_states_of_the_optimizer_can_be_inverted(tmp
         assert found.other_commands == [plain]
         assert any("mini-batch" in note for note in found.notes)
         assert found.gradient_from["recover"].startswith(f"{recovering}: about ")
+        assert [*found.gradient_from] == ["recover", "replay", "record"]
     else:
+        assert [*found.gradient_from] == ["replay", "record", "recover"]
         assert "Rprop cannot be inverted" in found.gradient_from["recover"]
         assert found.command == plain
         assert "Rprop cannot be inverted" in found.refused[recovering]
@@ -613,7 +615,8 @@ def test_replay_is_proposed_for_states_of_parameters_alone(tmp_path):
     assert "takes 5 forward and backward passes" in replay
     assert f"{5 * elements * 4 / 1e9:.3g} GB of gradients" in replay
     assert found.gradient_from["recover"].startswith("not possible: the states of the optimizer")
-    assert list(found.gradient_from) == ["recover", "replay", "record"]
+    assert "takes 9 forward and backward passes" in found.gradient_from["record"]
+    assert [*found.gradient_from] == ["replay", "record", "recover"]
     assert natgrad.inspect(write_log(tmp_path / "other", random_walk(3))).gradient_from is None
 
 
