@@ -45,7 +45,7 @@ print(json.dumps([list(tree.children), tree.natgrad.worst(1).index.tolist(), lis
     )
     assert done.returncode == 0, done.stderr
     groups, worst, sizes = json.loads(done.stdout)
-    assert groups == ["model", "tensor"]
+    assert groups == ["group", "model", "tensor"]
     assert worst[0] in ("layer.weight", "layer.bias", "scale")
     assert {*sizes} >= {"step", "tensor", "descent", "window"}
 
@@ -66,7 +66,7 @@ def test_variables_can_be_dropped_and_groups_are_opened_alone(out):
     assert "angle" not in tree["tensor"].data_vars
     assert "cosine" in tree["tensor"].data_vars
     groups = xr.open_groups(out, engine=NatgradBackend)
-    assert {*groups} == {"/", "/model", "/tensor"}
+    assert {*groups} == {"/", "/group", "/model", "/tensor"}
     assert "angle" in xr.open_dataset(out, engine=NatgradBackend).data_vars
 
 

@@ -240,7 +240,7 @@ def test_status_shows_progress_and_failures_of_each_run(root, out, processed, ca
     with holder_of(out / "new"), scan.only_processor(out / "by hand"):
         shown = {name: (row["state"], row["lag"]) for name, row in rows().items() if name != "bad"}
     assert shown == {"a": ("behind", 1), "by hand": ("working", 0), "new": ("working", 4)}
-    cli.status(out)
+    cli.status(root=out)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["run", "state", "last", "step", "lag", "processed", "last", "error"]
     assert [line.split()[0] for line in lines[1:]] == ["a", "bad", "by", "new"]
