@@ -336,7 +336,7 @@ def test_a_damaged_record_of_a_verification_is_no_verification(tmp_path, caplog)
     assert verify_states(states.storage.local_path, ledger) == "2999-01-01"
     flip(states.storage.local_path / "commits/verified.json", 40)
     assert verify_states(states.storage.local_path, ledger) == summary.states_verified
-    assert "the time of the last verification is not known" in caplog.text
+    assert "the time of the last verification is unknown" in caplog.text
 
 
 # Resuming ------------------------------------------------------------------------------------------------------
