@@ -279,7 +279,7 @@ def test_a_scan_recovers_the_gradients_of_all_runs(tmp_path, run):
 
 
 def test_a_log_with_gradients_is_refused(tmp_path, logged):
-    with pytest.raises(InputError, match="the log contains gradients") as error:
+    with pytest.raises(InputError, match="the log already contains gradients") as error:
         ingest(logged, tmp_path / "out", **RECOVER)
     assert "omit --gradient" in error.value.remedy
     assert not (tmp_path / "out").exists()

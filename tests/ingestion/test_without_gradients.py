@@ -239,7 +239,7 @@ def test_every_command_accepts_the_run(tmp_path):
     assert command("verify", out).returncode == 0
     page = (out / "report.html").read_text()
     assert WITHOUT_GRADIENTS[1:] in page.replace("&#39;", "'")
-    assert "Size of the updates" in page
+    assert "without gradients, there is no angle and no metric" in page
     assert "not known without gradients" in page
     assert "not larger than the rounding" not in page  # the meaning of a status that has another reason here
     scanned = natgrad.scan(tmp_path, tmp_path / "all")
