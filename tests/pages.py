@@ -3,6 +3,8 @@
 import doctest
 import re
 import shlex
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -24,6 +26,10 @@ def _run(line):
         name = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["name"]
         assert arguments[0] == "install"
         assert set(arguments[1:]) <= {"--no-deps", name, "numpy", "safetensors"}
+    elif program == "torchrun":
+        command = [sys.executable, "-m", "torch.distributed.run", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
     else:
         assert program == "natgrad"
         done = natgrad(*arguments)

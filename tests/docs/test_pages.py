@@ -42,19 +42,36 @@ def test_the_guide_to_the_recorder_logs_a_run(tmp_path, monkeypatch):
     assert natgrad.process("logs/ledger", "run").updates == 20
 
 
-@pytest.mark.filterwarnings("ignore:The number of training batches")
 def test_the_guide_to_pytorch_records_and_processes_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     page = DOCS / "howto" / "pytorch.md"
-    assert run_page(page) == blocks(page) == 11
+    assert run_page(page) == blocks(page) == 9
     assert natgrad.open_results("runs/ledger").attrs["gradient_source"] == "recorded"
     steps = {path.name: len(list(path.glob("step_*"))) for path in (tmp_path / "logs").iterdir()}
     # Each complete log also has the state after its last update.
-    expected = {"adamw": 31, "trainer": 5, "lightning": 9, "shown": 21, "ledger": 0, "weights": 6, "muon": 6}
-    assert steps == expected
+    assert steps == {"adamw": 31, "shown": 21, "ledger": 0, "weights": 6, "muon": 6}
     model = natgrad.open_results("runs/adamw")["model"].sel(descent="gradient", window=1)
     assert (model["effective"] == 1).all()
     assert natgrad.open_results("runs/weights")["model"]["step"].values.tolist() == [0, 10, 20]
+
+
+@pytest.mark.filterwarnings("ignore:The number of training batches")
+@pytest.mark.parametrize(
+    ("name", "examples", "updates", "elements"),
+    [("trainer", 2, 4, 1088), ("lightning", 2, 8, 4), ("fsdp", 1, 10, 41)],
+)
+def test_the_guides_to_trainers_and_shards_record_and_process_a_run(
+    tmp_path, monkeypatch, name, examples, updates, elements
+):
+    monkeypatch.chdir(tmp_path)
+    page = DOCS / "howto" / f"{name}.md"
+    assert run_page(page) == blocks(page) == examples
+    results = natgrad.open_results(f"runs/{name}")
+    assert (results.attrs["gradient_source"], results.attrs["elements"]) == ("recorded", elements)
+    model = results["model"].sel(descent="gradient", window=1)
+    assert model["step"].values.tolist() == [*range(updates)]
+    for variable in ("angle", "loss", "learning_rate"):
+        assert np.isfinite(model[variable]).all(), variable
 
 
 def test_the_guide_to_jax_records_and_processes_a_run(tmp_path, monkeypatch):
