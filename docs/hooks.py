@@ -1,4 +1,4 @@
-"""Hooks of MkDocs: show files from outside this folder as pages of the site."""
+"""Hooks of MkDocs: show files from outside this folder as pages of the site, and build the gallery."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import posixpath
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
@@ -22,16 +24,21 @@ PAGES = {
 }
 """Page of the site for each file of the repository."""
 
+PROGRAMS = {f"docs/gallery/{path.name}": f"gallery/{path.stem}.md" for path in (ROOT / "docs/gallery").glob("*.py")}
+"""Page of the site for each program of the gallery."""
+
 _LINK = re.compile(r"\]\((?!https?:|#)([^)#]+)")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages from outside the folder."""
+    """Add the pages from outside the folder, and those of the gallery."""
     for source, page in PAGES.items():
         text = (ROOT / source).read_text(encoding="utf-8")
         if source == "CHANGELOG.md":
             text += unreleased()
         files.append(File.generated(config, page, content=_relinked(text, source, page)))
+    for path, content in gallery().items():
+        files.append(File.generated(config, path, content=content))
     return files
 
 
@@ -40,6 +47,24 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     if page.file.src_uri in PAGES.values():
         return markdown
     return _relinked(markdown, f"docs/{page.file.src_uri}", page.file.src_uri)
+
+
+def gallery() -> dict[str, bytes]:
+    """Build the gallery, with warnings as errors, and return its files by their path in the site.
+
+    Raises
+    ------
+    PluginError
+        If a program fails, or a statement about its runs does not hold.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        # The programs run in their own process, because they and their libraries print and log.
+        command = [sys.executable, "-W", "error", str(ROOT / "docs" / "build_gallery.py"), folder]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise PluginError(f"a program of the gallery failed:\n{done.stdout}{done.stderr}")
+        files = {path.relative_to(folder): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+    return {f"gallery/{path.as_posix()}": content for path, content in files.items()}
 
 
 def unreleased() -> str:
@@ -53,7 +78,7 @@ def _relinked(markdown: str, source: str, page: str) -> str:
 
     def link(found: re.Match[str]) -> str:
         target = posixpath.normpath(posixpath.join(posixpath.dirname(source), found[1]))
-        target = PAGES.get(target, target.removeprefix("docs/"))
+        target = {**PAGES, **PROGRAMS}.get(target, target.removeprefix("docs/"))
         return f"]({posixpath.relpath(target, posixpath.dirname(page) or '.')}"
 
     return _LINK.sub(link, markdown)
