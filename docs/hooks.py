@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import posixpath
 import re
 import subprocess
@@ -60,7 +61,9 @@ def gallery() -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as folder:
         # The programs run in their own process, because they and their libraries print and log.
         command = [sys.executable, "-W", "error", str(ROOT / "docs" / "build_gallery.py"), folder]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        # More threads would not make such small runs faster, and on a busy machine they wait for each other.
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise PluginError(f"a program of the gallery failed:\n{done.stdout}{done.stderr}")
         files = {path.relative_to(folder): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}

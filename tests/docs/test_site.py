@@ -1,15 +1,21 @@
-"""Build the site, with warnings as errors, and check that its pages request nothing from other servers."""
+"""Build the site, with warnings as errors, look for requests to other servers, and open its gallery in a browser."""
 
 import os
 import re
 import subprocess
 import sys
+import urllib.parse
 from pathlib import Path
 
 import pytest
 
 import natgrad
+from browsers import browser
 from pages import ROOT
+
+__all__ = ["browser"]  # a fixture
+
+GALLERY = sorted(path.stem for path in (ROOT / "docs" / "gallery").glob("*.py"))
 
 RESOURCES = re.compile(r"<(?:link|script|img|iframe|source)\b[^>]*?(?:href|src)=\"?([^\s\">]+)")
 
@@ -29,7 +35,8 @@ def test_no_page_requests_anything_from_another_server(site):
     assert len(pages) > 25
     for page in pages:
         resources = RESOURCES.findall(page.read_text())
-        assert resources
+        # A report contains everything.
+        assert bool(resources) == (page.name != "report.html")
         for resource in resources:
             assert not re.match(r"(https?:)?//", resource), f"{page.name} requests {resource}"
             assert (page.parent / resource.partition("#")[0].partition("?")[0]).exists() or page.name == "404.html"
@@ -49,3 +56,43 @@ def test_the_reference_has_every_public_name_with_its_options(site):
 def test_the_changelog_has_the_fragments(site):
     page = re.sub(r"<[^>]+>", "", (site / "reference" / "changelog.html").read_text())
     assert "Unreleased" in page or not list((ROOT / "changes").glob("*.md"))
+
+
+def test_the_gallery_has_the_runs_of_every_program(site):
+    assert len(GALLERY) == 5
+    index = (site / "gallery" / "index.html").read_text()
+    for name in GALLERY:
+        assert f'href="{name}.html"' in index
+        page = re.sub(r"<[^>]+>", "", (site / "gallery" / f"{name}.html").read_text())
+        # The program is shown, with the statements that it checks.
+        assert "import natgrad" in page
+        assert "assert" in page
+
+
+@pytest.mark.parametrize("name", GALLERY)
+def test_a_page_of_the_gallery_shows_a_live_report(site, browser, name):
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    page = context.new_page()
+    complaints, requests = [], []
+    page.on("console", lambda said: complaints.append(said.text) if said.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("request", lambda request: requests.append(request.url))
+    address = site / "gallery" / f"{name}.html"
+    page.goto(address.as_uri())
+    page.locator("iframe.report").scroll_into_view_if_needed()
+    report = page.frame_locator("iframe.report")
+    report.locator("html[data-ready]").wait_for()
+    assert report.locator(".plot").count() >= 4
+    assert report.locator(".plot canvas, .plot div").first.is_visible()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 1280
+    # Every link of the text leads to a file of the site.
+    for link in page.locator("article a[href]").evaluate_all("all => all.map(each => each.href)"):
+        found = Path(urllib.parse.unquote(urllib.parse.urlsplit(link).path))
+        assert found.is_file(), link
+    # The report is also a page by itself.
+    page.get_by_role("link", name="in the full window").click()
+    page.wait_for_selector("html[data-ready]")
+    assert page.url == (site / "gallery" / name / "report.html").as_uri()
+    assert complaints == []
+    assert all(request.startswith(("file:", "data:", "blob:")) for request in requests)
+    context.close()
