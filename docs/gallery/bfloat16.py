@@ -1,10 +1,10 @@
 """A run in bfloat16.
 
 Gradient descent trains one network in bfloat16 and in float32.
-In float32, every update is steepest descent to within 0.001 rad.
-In bfloat16, rounding turns the first update by more than 0.05 rad.
-As the gradient shrinks, more than half of the updates become too small for the stored parameters: they have the
-status `unverifiable` instead of an angle.
+In float32, every update is steepest descent to within 0.001 rad, but in bfloat16, rounding turns the first update
+by more than 0.05 rad.
+As the gradient shrinks, more than half of the updates in bfloat16 become too small for the stored parameters: they
+have the status `unverifiable` instead of an angle.
 The loss of the run in bfloat16 stays higher.
 """
 

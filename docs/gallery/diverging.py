@@ -2,10 +2,9 @@
 
 A linear regression is trained with a learning rate that grows at every update.
 While the rate is below 2/λ, where λ is the largest eigenvalue of the Hessian, every update decreases the loss.
-Above twice this limit, every update increases the loss, until the parameters overflow.
+Above twice this limit, updates increase the loss until it overflows, and the last updates are `non finite`.
 The angle does not show this: every finite update is steepest descent to within 0.01 rad, so the cause is the size
 of the updates and not their direction.
-The last updates have the status `non finite`, and no angle.
 """
 
 import torch
@@ -41,6 +40,7 @@ assert (discrete["status"][rate < limit] == Status.EFFECTIVE).all()
 growing = (rate > 2 * limit) & (results["loss"] < 1e30)
 assert growing.sum() > 10
 assert (discrete["status"][growing] == Status.OBTUSE).all()
+assert (results["loss"] == float("inf")).any()
 finite = update["status"] != Status.NON_FINITE
 assert (update["effective"][finite] == 1).all()
 assert (update["angle"][finite] < 0.01).all()

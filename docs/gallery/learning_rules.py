@@ -1,11 +1,11 @@
 """Nine learning rules.
 
 Nine rules train one network on the same MNIST digits, from the same weights.
-The updates of backpropagation are steepest descent, and momentum turns away from it after the first update.
+Every update of backpropagation is steepest descent, momentum turns away from it after its first update, and no
+update of partial ascent, a control, is effective.
 Feedback alignment and its direct form start with updates that raise the loss, and then learn to descend.
 Weight perturbation always descends, but at angles so close to 90° that more than half of its updates need a
 metric with a condition number above 1,000.
-Partial ascent is a control: none of its updates is effective, and its loss rises.
 """
 
 from pathlib import Path
@@ -36,4 +36,3 @@ for rule in ("feedback-alignment", "direct-feedback-alignment"):
 assert (runs["weight-perturbation"]["effective"] == 1).all()
 assert runs["weight-perturbation"]["condition_number"].median() > 1000
 assert (runs["partial-ascent"]["effective"] == 0).all()
-assert runs["partial-ascent"]["loss"][-1] > runs["partial-ascent"]["loss"][0]

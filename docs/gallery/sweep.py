@@ -1,9 +1,10 @@
 """A sweep of learning rates.
 
 Adam trains one network with five learning rates, and one page compares the runs.
-In the parallel coordinates, larger learning rates have a smaller last loss, and the largest also has the largest
-angle: its updates need metrics with a condition number more than five times that of the smallest learning rate.
 All runs start with the same weights, and therefore with the same angle.
+In the parallel coordinates, larger learning rates have a smaller last loss.
+The largest rate also has the largest median angle, and its median condition number is more than five times that of
+the smallest rate.
 """
 
 import torch
