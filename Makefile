@@ -84,7 +84,8 @@ lint: install
 	$(BIN)/python .ci/check_pages.py
 	$(BIN)/python .ci/check_changes.py
 
-# Builds the documentation (site/index.html), without network access. Warnings are errors.
+# Builds the documentation (site/index.html) and trains the runs of its gallery, without network access. Warnings are
+# errors.
 docs: install
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
