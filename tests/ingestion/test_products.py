@@ -86,6 +86,10 @@ def test_a_log_becomes_a_ledger_without_a_trajectory(tmp_path):
     tree = natgrad.open_results(tmp_path / "out")
     assert tree.attrs["gradient_source"] == "recorded"
     assert tree["model"]["step"].values.tolist() == [*range(6)]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "the mean gradient of both states of an update is not known" in page
+    trapezoid = tree["model"]["angle"].sel(descent="trapezoid")
+    assert np.isnan(trapezoid).all()
     assert natgrad.verify(tmp_path / "out").damages == ()
 
 

@@ -335,6 +335,11 @@ def _facts(run: RunResults) -> dict[str, str]:
     elif source == "replayed":
         replay = dict(run.attributes.get("replay", {}))
         facts["Gradients"] = f"replayed: the objective {replay.get('objective')}, evaluated at each state"
+    elif source == "recorded":
+        facts["Gradients"] = (
+            "recorded in the training loop, as inner products of each update: the mean gradient of both states of "
+            "an update is not known"
+        )
     facts["Objective"] = str(run.objective)
     facts |= _window_facts(run)
     bounded = run.model.get("shifted_metric")
