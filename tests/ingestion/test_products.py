@@ -252,6 +252,7 @@ def test_inspect_proposes_no_other_gradients_for_a_log_that_has_their_products(t
     assert found.command == f"natgrad process {tmp_path}/log OUT"
     assert found.gradient_from is None
     assert found.holds["products"] == "2 tensors"
+    assert "natgrad replay" not in found.missing.get("taylor_point", "")
 
 
 def test_runs_of_ledgers_alone_are_compared_and_opened_like_others(tmp_path):

@@ -298,7 +298,8 @@ def _description(log: Source, listed: Sequence[LoggedStep], *, sweep: bool) -> d
         logged = {PRODUCTS: f"{len(first.arrays[STATES[0]])} tensors"} | {
             name: text for name, text in logged.items() if name not in first.arrays
         }
-        missing = {name: needed for name, needed in missing.items() if name in SCALARS}
+        # The Hessian can only be evaluated at a state.
+        missing = {name: needed for name, needed in missing.items() if name in SCALARS and name != "taylor_point"}
     found["holds"] = logged
     found["missing"] = {name: f"needed for {use}; {remedy}" for name, (use, remedy) in missing.items()}
     if last.optimizer is not None:
