@@ -1,6 +1,7 @@
 """Test the import rule, the libraries that each package may use, and the names that tests may use."""
 
 import ast
+import collections
 import functools
 import importlib.util
 import re
@@ -455,6 +456,12 @@ def mirrors(test, modules, helpers):
 def test_names_of_modules_packages_and_helpers_are_found(test, found):
     modules = {"natgrad.a", "natgrad.a.b", "natgrad.a.c", "natgrad.a.c.d", "natgrad_flows.e"}
     assert mirrors(Path(test), modules, {"helper"}) == found
+
+
+def test_names_of_test_files_are_unique():
+    # pytest imports them by their names, and skips the tests of the second file with an error.
+    names = collections.Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []
 
 
 def test_tests_mirror_modules():

@@ -50,8 +50,8 @@ if TYPE_CHECKING:
     )
     from natgrad.app.opening import open_ledger, open_results, open_states, open_trajectory
     from natgrad.app.scan import scan
-    from natgrad.objectives.jax import JaxObjective
-    from natgrad.objectives.torch import TorchObjective, causal_lm_loss
+    from natgrad.objectives.jax_objective import JaxObjective
+    from natgrad.objectives.torch_objective import TorchObjective, causal_lm_loss
     from natgrad.recording.lightning import LightningWatch
     from natgrad.recording.recorder import Recorder
     from natgrad.recording.torch import watch
@@ -91,15 +91,15 @@ __all__ = [
 
 _MODULES = {
     "InputError": "natgrad.schema.errors",
-    "JaxObjective": "natgrad.objectives.jax",
+    "JaxObjective": "natgrad.objectives.jax_objective",
     "LightningWatch": "natgrad.recording.lightning",
     "Metric": "natgrad.theory.metric_operators",
     "Recorder": "natgrad.recording.recorder",
-    "TorchObjective": "natgrad.objectives.torch",
+    "TorchObjective": "natgrad.objectives.torch_objective",
     "Unavailable": "natgrad.schema.errors",
     "WatchCallback": "natgrad.recording.transformers",
     "__version__": "natgrad.schema.version",
-    "causal_lm_loss": "natgrad.objectives.torch",
+    "causal_lm_loss": "natgrad.objectives.torch_objective",
     "open_ledger": "natgrad.app.opening",
     "open_results": "natgrad.app.opening",
     "open_states": "natgrad.app.opening",

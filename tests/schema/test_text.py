@@ -120,3 +120,8 @@ def test_a_course_is_a_line_with_its_range():
 
 def test_the_columns_of_a_table_are_aligned():
     assert [*table_lines([["a", "b"], ["long", "1"]])] == ["a     b\n", "long  1\n"]
+
+
+def test_entries_of_a_mapping_are_short_texts_of_their_kind():
+    values = {"objective": {"evaluation": "unknown", "residual": 0.05234882189702224, "warnings": []}}
+    assert "".join(summary_lines(values)) == ("objective  evaluation unknown, residual 0.0523488, warnings none\n")

@@ -133,7 +133,7 @@ def scheduler_address(address: str) -> str:
 
 def objective_name(name: str) -> str:
     """Return ``module:factory`` if it has this form."""
-    from natgrad.objectives.objective import split_name
+    from natgrad.objectives.protocol import split_name
 
     split_name(name)
     return name

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from natgrad.objectives.objective import ObjectiveError, Tensors, evaluate, product
+from natgrad.objectives.protocol import ObjectiveError, Tensors, evaluate, product
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import storage_dtype
 from natgrad.schema.names import STATES

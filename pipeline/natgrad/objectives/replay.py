@@ -27,7 +27,7 @@ from natgrad.compute.plan import PlanLimits
 from natgrad.compute.work import Call, Work
 from natgrad.kernel.updates import update_products
 from natgrad.objectives.evaluation import Curvature, evaluated_update, gradients_differ, tensors_of
-from natgrad.objectives.objective import Tensors, evaluate, load_objective, split_name
+from natgrad.objectives.protocol import Tensors, evaluate, load_objective, split_name
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import LedgerChunk
 from natgrad.schema.logs import logger

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from natgrad.objectives.mean import RunningMean, counted
-from natgrad.objectives.objective import Tensors
+from natgrad.objectives.protocol import Tensors
 from natgrad.recording.arrays import tensor_array
 from natgrad.schema.errors import InputError
 from natgrad.sources.steps import LoggedTensor
@@ -135,7 +135,7 @@ class TorchObjective:
         }
 
     def __call__(self, tensors: Tensors) -> tuple[float, dict[str, NDArray[Any]]]:
-        """Return the loss and the gradients at a state; see `natgrad.objectives.objective.Objective`."""
+        """Return the loss and the gradients at a state; see `natgrad.objectives.protocol.Objective`."""
         import torch
 
         trained = self._load(tensors)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from natgrad.objectives.objective import evaluate, load_objective, product, split_name
+from natgrad.objectives.protocol import evaluate, load_objective, product, split_name
 from natgrad.schema.errors import InputError
 
 TENSORS = {"a": np.ones(3), "b": np.ones((2, 2), np.float32)}

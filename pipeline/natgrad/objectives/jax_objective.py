@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from natgrad.objectives.mean import RunningMean, counted
-from natgrad.objectives.objective import Tensors
+from natgrad.objectives.protocol import Tensors
 from natgrad.schema.errors import InputError
 
 __all__ = ["JaxObjective"]
@@ -102,7 +102,7 @@ class JaxObjective:
         }
 
     def __call__(self, tensors: Tensors) -> tuple[float, dict[str, NDArray[Any]]]:
-        """Return the loss and the gradients at a state; see `natgrad.objectives.objective.Objective`."""
+        """Return the loss and the gradients at a state; see `natgrad.objectives.protocol.Objective`."""
         trained, rest = self._divided(tensors)
         mean = RunningMean()
         for batch in self._batches:
