@@ -213,10 +213,10 @@ def test_help_and_formats():
 
 
 def test_no_command_prints_the_help_with_and_without_two_dashes():
-    told = [natgrad_process(*arguments) for arguments in ((), ("--",))]
-    assert [(one.returncode, one.stdout) for one in told] == [(2, "")] * 2
-    assert told[0].stderr == told[1].stderr
-    assert told[0].stderr.startswith("Usage: natgrad")
+    shown = [natgrad_process(*arguments) for arguments in ((), ("--",))]
+    assert [(one.returncode, one.stdout) for one in shown] == [(2, "")] * 2
+    assert shown[0].stderr == shown[1].stderr
+    assert shown[0].stderr.startswith("Usage: natgrad")
 
 
 PROGRAM = """

@@ -70,8 +70,8 @@ def slurm(tmp_path, monkeypatch):
         "scheduler-options": {"interface": "lo", "dashboard_address": "127.0.0.1:0"},
         "job-script-prologue": ["export OF_THE_SITE=1"],
     }
-    said = {f"jobqueue.slurm.{key}": value for key, value in job.items()}
-    with dask.config.set({**said, "distributed.deploy.lost-worker-timeout": "1s"}):
+    settings = {f"jobqueue.slurm.{key}": value for key, value in job.items()}
+    with dask.config.set({**settings, "distributed.deploy.lost-worker-timeout": "1s"}):
         yield folder
     for number in (folder / "jobs").read_text().split():
         with contextlib.suppress(ProcessLookupError):

@@ -92,7 +92,7 @@ def test_a_page_of_the_gallery_shows_a_live_report(site, served, browser, name):
     context = browser.new_context(viewport={"width": 1280, "height": 900})
     page = context.new_page()
     complaints, requests = [], []
-    page.on("console", lambda said: complaints.append(said.text) if said.type in ("error", "warning") else None)
+    page.on("console", lambda line: complaints.append(line.text) if line.type in ("error", "warning") else None)
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.on("request", lambda request: requests.append(request.url))
     page.goto(f"{served}/gallery/{name}.html")

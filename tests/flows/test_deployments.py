@@ -77,8 +77,8 @@ def test_a_schedule_processes_new_steps_and_an_invalid_run_fails_alone(server, r
     assert len(failed) == 1
     for part in ("step_0.safetensors, step 0", "truncated", "write the step again"):
         assert part in failed[0].state.message
-    told = json.loads(natgrad(server, "status", out, "--json").stdout)["runs"]
-    assert [row["run"] for row in told if row["error"]] == ["bad"]
+    listed = json.loads(natgrad(server, "status", out, "--json").stdout)["runs"]
+    assert [row["run"] for row in listed if row["error"]] == ["bad"]
 
 
 def test_two_concurrent_scans_process_every_run_once(server, tmp_path):
@@ -96,9 +96,9 @@ def test_two_concurrent_scans_process_every_run_once(server, tmp_path):
         )
         for _ in range(2)
     ]
-    told = [one.communicate() for one in started]
-    assert [one.returncode for one in started] == [0, 0], told
-    answers = [json.loads(answer) for answer, _ in told]
+    output = [one.communicate() for one in started]
+    assert [one.returncode for one in started] == [0, 0], output
+    answers = [json.loads(answer) for answer, _ in output]
     assert sum(answer["processed"] for answer in answers) == runs
     assert sum(answer["unchanged"] + answer["skipped"] for answer in answers) == runs
     ended = [(run.state.name, run.state.message) for run in flow_runs(server) if "/twice-" in run.name]

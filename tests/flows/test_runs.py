@@ -134,9 +134,9 @@ def test_bad_input_fails_immediately_with_its_message(tmp_path):
     assert failed.state.is_failed()
     assert "no step files" in failed.state.message
     assert task_runs()[f"ingest {tmp_path / 'bad'}"].run_count == 1
-    (told,) = artifacts(shown.key_of("failed", tmp_path / "bad"))
-    assert "/bad**: there are no step files" in told.replace("\\", "")
-    assert "- do: pass the folder" in told
+    (text,) = artifacts(shown.key_of("failed", tmp_path / "bad"))
+    assert "/bad**: there are no step files" in text.replace("\\", "")
+    assert "- do: pass the folder" in text
 
 
 def _empty(folder):

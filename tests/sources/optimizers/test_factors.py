@@ -393,11 +393,11 @@ def own_maps(step, model, optimizer):
 def test_scalable_shampoo_blocks_are_those_of_the_optimizer(tmp_path):
     log = tmp_path / "log"
     records = trained(scalable, saver(log), before=own_maps)
-    tree, warned = results_of(log, tmp_path / "unsaid")
+    tree, warned = results_of(log, tmp_path / "without")
     assert np.isnan(tree["tensor"]["preconditioner_condition_number"]).all()
     assert any("start_preconditioning_step = N under [optimizer]" in warning for warning in warned)
     (log / "natgrad.toml").write_text("[optimizer]\nstart_preconditioning_step = 3\n")
-    tree, _ = results_of(log, tmp_path / "said")
+    tree, _ = results_of(log, tmp_path / "declared")
     kappa = tree["tensor"]["preconditioner_condition_number"]
     assert np.isnan(kappa.sel(step=[0, 1])).all()
     for step in (2, 3):
