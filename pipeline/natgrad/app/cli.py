@@ -261,6 +261,21 @@ def _split_arguments(source: Any, out: options.Out, values: dict[str, Any]) -> t
     return paths[:-1], paths[-1]
 
 
+def _show_result(
+    function: Callable[..., Summary],
+    source: Any,
+    out: options.Out,
+    output: Output,
+    values: dict[str, Any],
+    again: str = RUN_AGAIN,
+) -> None:
+    """Call a function that reads a log into OUT, with progress, and show its summary."""
+    source, out = _split_arguments(source, out, values)
+    with output.progress(again=again) as progress:
+        summary = function(source, out, progress=progress, **values)
+    output.show(summary)
+
+
 @app.callback(invoke_without_command=True)
 @command_options()
 def _global_options(context: typer.Context, show_version: options.ShowVersion = False) -> None:
@@ -287,11 +302,7 @@ def process(
     """Ingest, analyze and report a run."""
     from natgrad.app import api
 
-    output = Output(as_json, quiet)
-    source, out = _split_arguments(source, out, values)
-    with output.progress(again=_again(values)) as progress:
-        summary = api.process(source, out, progress=progress, **values)
-    output.show(summary)
+    _show_result(api.process, source, out, Output(as_json, quiet), values, _again(values))
 
 
 @app.command()
@@ -306,11 +317,7 @@ def replay(
     """Evaluate an objective at the states of a log without gradients, and process the run."""
     from natgrad.app import api
 
-    output = Output(as_json, quiet)
-    source, out = _split_arguments(source, out, values)
-    with output.progress() as progress:
-        summary = api.replay(source, out, progress=progress, **values)
-    output.show(summary)
+    _show_result(api.replay, source, out, Output(as_json, quiet), values)
 
 
 @app.command()
@@ -325,11 +332,7 @@ def ingest(
     """Read the new steps of a training log into OUT/trajectory.zarr."""
     from natgrad.app import api
 
-    output = Output(as_json, quiet)
-    source, out = _split_arguments(source, out, values)
-    with output.progress(again=_again(values)) as progress:
-        summary = api.ingest(source, out, progress=progress, **values)
-    output.show(summary)
+    _show_result(api.ingest, source, out, Output(as_json, quiet), values, _again(values))
 
 
 @app.command()

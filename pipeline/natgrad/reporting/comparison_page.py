@@ -9,13 +9,12 @@ import json
 import math
 from typing import Any
 
-import jinja2
 import markupsafe
 import numpy as np
 from numpy.typing import NDArray
 
 from natgrad.reporting.binning import Bins, binned
-from natgrad.reporting.page import asset, library
+from natgrad.reporting.page_files import asset, library, page_environment
 from natgrad.reporting.run_results import number
 from natgrad.results.comparison import POSITION, Comparison
 from natgrad.schema.names import RUN, TENSOR
@@ -57,24 +56,21 @@ def write_comparison(comparison: Comparison, page: Storage) -> Storage:
     Storage
         ``page``, unchanged.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("natgrad.reporting"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    text = environment.get_template("comparison.html").render(
-        css=markupsafe.Markup(asset("report.css")),
-        scripts=[markupsafe.Markup(script) for script in (*library(), asset("comparison.js"))],
-        # A name must not end the element.
-        data=markupsafe.Markup(json.dumps(_data(comparison), allow_nan=False).replace("<", r"\u003c")),
-        axis=_AXES[comparison.align],
-        overview=[{name: _cell(value) for name, value in row.items()} for row in comparison.overview],
-        runs=[str(run) for run in comparison.curves[RUN].values],
-        options={name: [_cell(value) for value in of.values()] for name, of in comparison.options.items()},
-        tensors=_tensor_rows(comparison),
-        warnings=comparison.warnings,
+    text = (
+        page_environment()
+        .get_template("comparison.html")
+        .render(
+            css=markupsafe.Markup(asset("report.css")),
+            scripts=[markupsafe.Markup(script) for script in (*library(), asset("comparison.js"))],
+            # A name must not end the element.
+            data=markupsafe.Markup(json.dumps(_data(comparison), allow_nan=False).replace("<", r"\u003c")),
+            axis=_AXES[comparison.align],
+            overview=[{name: _cell(value) for name, value in row.items()} for row in comparison.overview],
+            runs=[str(run) for run in comparison.curves[RUN].values],
+            options={name: [_cell(value) for value in of.values()] for name, of in comparison.options.items()},
+            tensors=_tensor_rows(comparison),
+            warnings=comparison.warnings,
+        )
     )
     page.put(text.encode("utf-8", errors="replace"))
     return page

@@ -13,13 +13,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from functools import cache
-from importlib.resources import files
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
-import jinja2
 import markupsafe
 import numpy as np
 import xarray as xr
@@ -27,15 +22,15 @@ from numpy.typing import NDArray
 
 from natgrad.reporting.eigenvalues import exact_curves, measured_points
 from natgrad.reporting.page_data import Blob, kinds_of, run_data, side_by_side
+from natgrad.reporting.page_files import asset, library, page_environment
 from natgrad.reporting.run_results import RunResults, extent, number
 from natgrad.results.objective import COMPARING_DESCENTS
 from natgrad.results.recovery import qualification_text
-from natgrad.schema.errors import InputError
 from natgrad.schema.names import DESCENT, DESCENTS, REPLICATE, TENSOR, WINDOW
 from natgrad.schema.variables import WITHOUT_GRADIENTS, ShiftedMetric, Status
 from natgrad.storage import Location, open_storage
 
-__all__ = ["STATUS_MEANING", "WINDOW_FACTS", "asset", "library", "page_text", "write_report"]
+__all__ = ["STATUS_MEANING", "WINDOW_FACTS", "page_text", "write_report"]
 
 STATUS_MEANING: dict[Status, str] = {
     Status.EFFECTIVE: "y·g > 0: the update descends the loss, so metrics M with M g = y exist.",
@@ -102,13 +97,7 @@ def page_text(runs: Sequence[RunResults], *, served: bool = False) -> str:
     served : bool
         Whether a server answers requests of the page for further values, see `natgrad.reporting.serving`.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("natgrad.reporting"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_environment()
     environment.filters |= {"number": number, "percent": _percent}
     return environment.get_template("report.html").render(_content(runs, served))
 
@@ -142,26 +131,6 @@ def _content(runs: Sequence[RunResults], served: bool) -> dict[str, Any]:
         "gradient_labels": _GRADIENT_LABELS,
         "replicate_labels": _REPLICATE_LABELS,
     }
-
-
-@cache
-def library() -> tuple[str, ...]:
-    """Return the scripts of BokehJS, without importing bokeh."""
-    found = find_spec("bokeh")
-    folder = Path(str(found.origin)).parent / "server" / "static" / "js" if found is not None else None
-    if folder is None or not (folder / "bokeh.min.js").is_file():
-        raise InputError(
-            "the package bokeh, which draws the figures of the page, is not installed",
-            where="report",
-            remedy="install it: pip install bokeh",
-        )
-    return tuple((folder / name).read_text(encoding="utf-8") for name in ("bokeh.min.js", "bokeh-api.min.js"))
-
-
-@cache
-def asset(name: str) -> str:
-    """Return the text of a file of the pages."""
-    return (files("natgrad.reporting") / "assets" / name).read_text(encoding="utf-8")
 
 
 _DESCENT_LABELS = {

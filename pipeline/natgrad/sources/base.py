@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,12 +24,12 @@ __all__ = [
     "Difference",
     "Keyed",
     "Ranged",
+    "ReaderByArray",
     "Recorded",
     "Source",
     "StepContent",
     "StepReader",
     "Unshaped",
-    "joined_placement",
 ]
 
 # Contents of a log --------------------------------------------------------------------------------------------
@@ -184,29 +185,38 @@ class Ranged(Protocol):
         ...
 
 
-def joined_placement(arrays: Collection[str], owner: Callable[[str], StepReader]) -> Placement | None:
-    """Return where the ranges of some arrays of several readers begin; see `Ranged.placement`.
+class ReaderByArray(ABC):
+    """Base of a reader that reads each array with another one."""
 
-    Parameters
-    ----------
-    arrays : collection of str
-    owner : callable
-        Returns the reader of an array.
-    """
-    readers = list({id(reader): reader for reader in map(owner, arrays)}.values())
-    owned = [[array for array in arrays if owner(array) is reader] for reader in readers]
-    found = [
-        reader.placement(own) if isinstance(reader, Ranged) else None
-        for reader, own in zip(readers, owned, strict=True)
-    ]
-    parts = [part for part in found if part is not None]
-    if len(parts) < len(found):
-        return None
-    return Placement(
-        (owned, [part.table for part in parts]),
-        tuple(file for part in parts for file in part.files),
-        tuple(start for part in parts for start in part.starts),
-    )
+    @abstractmethod
+    def _owner(self, array: str) -> StepReader:
+        """Return the reader of an array."""
+
+    def read(self, array: str, tensor: str, start: int, out: NDArray[Any]) -> None:
+        """Read elements of a tensor into a buffer; see `StepReader`."""
+        self._owner(array).read(array, tensor, start, out)
+
+    def ranges(self, array: str, tensor: str) -> Sequence[ByteRange] | None:
+        """Return where the elements of a tensor are; see `Ranged`."""
+        owner = self._owner(array)
+        return owner.ranges(array, tensor) if isinstance(owner, Ranged) else None
+
+    def placement(self, arrays: Collection[str]) -> Placement | None:
+        """Return where the ranges of some arrays begin; see `Ranged`."""
+        readers = list({id(reader): reader for reader in map(self._owner, arrays)}.values())
+        owned = [[array for array in arrays if self._owner(array) is reader] for reader in readers]
+        found = [
+            reader.placement(own) if isinstance(reader, Ranged) else None
+            for reader, own in zip(readers, owned, strict=True)
+        ]
+        parts = [part for part in found if part is not None]
+        if len(parts) < len(found):
+            return None
+        return Placement(
+            (owned, [part.table for part in parts]),
+            tuple(file for part in parts for file in part.files),
+            tuple(start for part in parts for start in part.starts),
+        )
 
 
 @runtime_checkable

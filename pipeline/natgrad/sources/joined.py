@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,15 +14,13 @@ from natgrad.schema.logs import logger
 from natgrad.schema.names import REPLICATE_LOSS, REPLICATE_STATES, SKIPPED, STATES
 from natgrad.sources.base import (
     Difference,
-    Ranged,
+    ReaderByArray,
     Recorded,
     Source,
     StepContent,
     StepReader,
     Unshaped,
-    joined_placement,
 )
-from natgrad.sources.byte_ranges import ByteRange, Placement
 from natgrad.sources.names import STATE_QUANTITIES
 from natgrad.sources.optimizers.state import OptimizerState
 from natgrad.sources.scalars.scalar_log import ScalarLog
@@ -226,7 +223,7 @@ def _pending_steps(log: ScalarLog, steps: Mapping[int, LoggedStep], common: set[
     return pending
 
 
-class _JoinedStep:
+class _JoinedStep(ReaderByArray):
     """Reader of one step from several sources."""
 
     def __init__(
@@ -332,19 +329,6 @@ class _JoinedStep:
             part.select(reader.shaped(parameters)) if isinstance(reader, Unshaped) else content
             for (part, reader), content in zip(pairs, contents, strict=True)
         ]
-
-    def read(self, array: str, tensor: str, start: int, out: NDArray[Any]) -> None:
-        """Read elements of a tensor into a buffer; see `natgrad.sources.base.StepReader`."""
-        self._owner(array).read(array, tensor, start, out)
-
-    def ranges(self, array: str, tensor: str) -> Sequence[ByteRange] | None:
-        """Return where the elements of a tensor are; see `natgrad.sources.base.Ranged`."""
-        owner = self._owner(array)
-        return owner.ranges(array, tensor) if isinstance(owner, Ranged) else None
-
-    def placement(self, arrays: Collection[str]) -> Placement | None:
-        """Return where the ranges of some arrays begin; see `natgrad.sources.base.Ranged`."""
-        return joined_placement(arrays, self._owner)
 
     def products(self, tensors: Sequence[str]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Return the ledger of the update from this step; see `natgrad.sources.base.Recorded`."""

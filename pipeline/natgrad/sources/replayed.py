@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,8 +22,7 @@ from numpy.typing import NDArray
 from natgrad.schema.errors import InputError
 from natgrad.schema.logs import logger
 from natgrad.schema.names import HESSIAN_NUMBERS, STATES, USUAL_SCALARS, WEIGHT_DECAY, ledger_vectors
-from natgrad.sources.base import Ranged, Source, StepContent, StepReader, joined_placement
-from natgrad.sources.byte_ranges import ByteRange, Placement
+from natgrad.sources.base import ReaderByArray, Source, StepContent, StepReader
 from natgrad.sources.changes import identity
 from natgrad.sources.checkpoints.safetensors_file import SafetensorsFile
 from natgrad.sources.named_step import NamedStep
@@ -203,7 +202,7 @@ class Replayed:
             yield _ReducedStep(original, reader, self._replays, found[own], own=own, is_last=is_last)
 
 
-class _ReplayedStep:
+class _ReplayedStep(ReaderByArray):
     """Reader of a step with evaluations."""
 
     def __init__(self, step: LoggedStep, reader: StepReader, evaluations: Sequence[NamedStep]) -> None:
@@ -232,19 +231,6 @@ class _ReplayedStep:
             untrained=True,
             no_gradient="the objective has no gradient for them",
         )
-
-    def read(self, array: str, tensor: str, start: int, out: NDArray[Any]) -> None:
-        """Read elements of a tensor into a buffer; see `natgrad.sources.base.StepReader`."""
-        self._owner(array).read(array, tensor, start, out)
-
-    def ranges(self, array: str, tensor: str) -> Sequence[ByteRange] | None:
-        """Return where the elements of a tensor are; see `natgrad.sources.base.Ranged`."""
-        owner = self._owner(array)
-        return owner.ranges(array, tensor) if isinstance(owner, Ranged) else None
-
-    def placement(self, arrays: Collection[str]) -> Placement | None:
-        """Return where the ranges of some arrays begin; see `natgrad.sources.base.Ranged`."""
-        return joined_placement(arrays, self._owner)
 
     def _owner(self, array: str) -> StepReader:
         if not self._owners:
