@@ -22,7 +22,7 @@ from natgrad.app.verification import verify_run
 from natgrad.schema.errors import InputError, Unavailable
 from natgrad.storage import LocalStorage, open_out, open_storage
 from natgrad.storage.local import ChunkFile, read_at
-from natgrad.store.states import ranges_of
+from natgrad.store.chunk_objects import ranges_of
 from opened import read_results
 from processing import Serial
 

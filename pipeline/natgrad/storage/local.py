@@ -546,7 +546,7 @@ def require_regular(path: str | Path) -> int:
     OSError
         If it does not exist or is not accessible.
     """
-    status = Path(path).stat()
+    status = os.stat(path)  # noqa: PTH116  # a Path takes five times as long as the call
     _require_regular(status, path)
     return status.st_size
 

@@ -7,20 +7,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from crc32c import crc32c
 from numpy.typing import NDArray
 
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import Layout, LedgerChunk
 from natgrad.schema.logs import logger
-from natgrad.schema.names import REPLICATE_VECTOR, STEP, TENSOR, VECTOR, WITH_REPLICATE_VECTOR, WITH_VECTOR
+from natgrad.schema.names import STEP
 from natgrad.schema.summary import summary_html
 from natgrad.storage import Storage
 from natgrad.store.group import (
     ANALYZE_AGAIN,
     RECORD_AGAIN,
-    SCALAR_CHUNK,
-    ArrayPlan,
     StoredArray,
     chunk_entry,
     create_group,
@@ -34,26 +31,22 @@ from natgrad.store.group import (
     resize_all,
 )
 from natgrad.store.journal import Journal
+from natgrad.store.ledger_arrays import (
+    DIMENSIONS,
+    checksums,
+    ledger_arrays,
+    names_of,
+    numbers_checksum,
+    numbers_record,
+    updates_per_checksum,
+)
 
-__all__ = ["Ledger", "checksums"]
+__all__ = ["Ledger"]
 
 _log = logger(__name__)
 
-_DIMENSIONS = {
-    "gram": (STEP, TENSOR, VECTOR, WITH_VECTOR),
-    "residual_ratio": (STEP, TENSOR),
-    "replicate_gram": (STEP, TENSOR, REPLICATE_VECTOR, WITH_REPLICATE_VECTOR),
-}
-
-_CHECKSUM_BYTES = 1 << 16
-"""Minimum number of bytes covered by a checksum. For a small model, a checksum of each update would take longer
-than its inner products."""
-
 _NUMBERS = "numbers"
 """Record of the number of updates, and of the checksums of the arrays with one number per update."""
-
-_NUMBERS_CHUNK = 1 << 20
-"""Maximum number of updates in a chunk of an array with one number per update."""
 
 
 class Ledger:
@@ -128,7 +121,7 @@ class Ledger:
     @property
     def names(self) -> dict[str, tuple[str, ...]]:
         """Content of each array of names."""
-        return _names(self.layout, self.vectors, self.replicate_vectors)
+        return names_of(self.layout, self.vectors, self.replicate_vectors)
 
     @property
     def products(self) -> tuple[str, ...]:
@@ -231,39 +224,8 @@ class Ledger:
         updates_per_chunk: int,
         replicate_vectors: Sequence[str],
     ) -> None:
-        updates, tensors, count = len(steps), len(layout.tensors), len(vectors)
-        arrays = {
-            name: ArrayPlan((name,), (len(values),), (len(values),), "string", values=values)
-            for name, values in _names(layout, vectors, replicate_vectors).items()
-        }
-        # Creating a file takes longer than writing its bytes, so the initial numbers share one chunk.
-        chunk = min(max(SCALAR_CHUNK, updates), _NUMBERS_CHUNK)
-        for name, numbers in {STEP: steps, "step_span": spans}.items():
-            arrays[name] = ArrayPlan((STEP,), (updates,), (chunk,), "int64", values=numbers)
-        arrays["gram"] = ArrayPlan(
-            _DIMENSIONS["gram"],
-            (updates, tensors, count, count),
-            (updates_per_chunk, tensors, count, count),
-            "float64",
-            {"long_name": "inner products of the vectors of an update"},
-        )
-        arrays["residual_ratio"] = ArrayPlan(
-            _DIMENSIONS["residual_ratio"],
-            (updates, tensors),
-            (updates_per_chunk, tensors),
-            "float64",
-            {"long_name": "ratio c of residual = gradient - c displacement"},
-        )
-        if replicate_vectors:
-            count = len(replicate_vectors)
-            arrays["replicate_gram"] = ArrayPlan(
-                _DIMENSIONS["replicate_gram"],
-                (updates, tensors, count, count),
-                (updates_per_chunk, tensors, count, count),
-                "float64",
-                {"long_name": "inner products of the vectors of the replicates of an update"},
-            )
-        create_group(storage, "ledger", attributes, arrays, {_NUMBERS: _described(steps, spans)})
+        arrays = ledger_arrays(layout, vectors, steps, spans, updates_per_chunk, replicate_vectors)
+        create_group(storage, "ledger", attributes, arrays, {_NUMBERS: numbers_record(steps, spans)})
 
     def _resize(self, steps: NDArray[np.int64], spans: NDArray[np.int64]) -> None:
         """Set the number of updates, and finish an interrupted resize."""
@@ -278,7 +240,7 @@ class Ledger:
         for name, numbers in {STEP: steps, "step_span": spans}.items():
             contents |= number_chunks(self._arrays[name], name, numbers[:0], numbers)
         self.storage.put_entries(contents)
-        self._numbers, self.n_updates = _described(steps, spans), len(steps)
+        self._numbers, self.n_updates = numbers_record(steps, spans), len(steps)
         self.journal.write(_NUMBERS, self._numbers)
 
     def _discard_damaged(self) -> None:
@@ -333,7 +295,7 @@ class Ledger:
     def _write(self, chunk: LedgerChunk, arrays: Mapping[str, NDArray[np.float64]], digest: str) -> None:
         if any(len(values) != chunk.stop - chunk.start for values in arrays.values()):
             raise ValueError(f"the arrays do not have one entry for each of updates {chunk.start} to {chunk.stop}")
-        covered = {name: _updates_per_checksum(values) for name, values in arrays.items()}
+        covered = {name: updates_per_checksum(values) for name, values in arrays.items()}
         record = {"start": chunk.start, "stop": chunk.stop, "digest": digest}
         record["checksums"] = {name: checksums(values, covered[name]) for name, values in arrays.items()}
         record["checksum_rows"] = covered
@@ -411,7 +373,7 @@ class Ledger:
         return np.ascontiguousarray(values, "<f8").data.cast("B")
 
     def _index(self, name: str, start: int) -> tuple[int, ...]:
-        return (start // self.updates_per_chunk, *(0 for _ in _DIMENSIONS[name][1:]))
+        return (start // self.updates_per_chunk, *(0 for _ in DIMENSIONS[name][1:]))
 
     def chunk_entry(self, name: str, start: int) -> Storage:
         """Return the file or object of the ledger chunk that starts at an update."""
@@ -687,7 +649,7 @@ class Ledger:
         indices = [(index,) for index in range(-(-self.n_updates // array.chunks[0]))]
         chunks = read_complete_chunks(self.storage / name, indices, array.chunks, array.dtype, self._remedy)
         values = np.concatenate([np.empty(0, np.int64), *chunks])[: self.n_updates]
-        if _checksum(values) != self._numbers[name]:
+        if numbers_checksum(values) != self._numbers[name]:
             raise damage_error(chunk_entry(self.storage / name, 0), "checksum mismatch", self._remedy, name)
         return values
 
@@ -698,31 +660,3 @@ def _without_last(chunk: LedgerChunk) -> LedgerChunk:
 
 def _chunk_of(record: Mapping[str, Any]) -> LedgerChunk:
     return LedgerChunk(record["start"], record["stop"])
-
-
-def _checksum(numbers: NDArray[np.int64]) -> int:
-    return int(crc32c(np.ascontiguousarray(numbers, "<i8").data.cast("B")))
-
-
-def _described(steps: NDArray[np.int64], spans: NDArray[np.int64]) -> dict[str, int]:
-    """Return the record of the number of updates, and of their steps and spans."""
-    return {"updates": len(steps), STEP: _checksum(steps), "step_span": _checksum(spans)}
-
-
-def _names(layout: Layout, vectors: Sequence[str], replicate_vectors: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    names = {TENSOR: layout.names, VECTOR: tuple(vectors), WITH_VECTOR: tuple(vectors)}
-    if replicate_vectors:
-        names |= dict.fromkeys((REPLICATE_VECTOR, WITH_REPLICATE_VECTOR), tuple(replicate_vectors))
-    return names
-
-
-def _updates_per_checksum(values: NDArray[Any]) -> int:
-    """Return the number of updates that one checksum of a float64 array covers."""
-    return max(1, min(len(values), math.ceil(_CHECKSUM_BYTES * len(values) / max(8 * values.size, 1))))
-
-
-def checksums(values: NDArray[Any], updates: int) -> list[int]:
-    """Return the CRC-32C of each group of ``updates`` consecutive updates; the last group may be smaller."""
-    words = np.ascontiguousarray(values, "<f8").data.cast("B")
-    size = updates * (len(words) // max(len(values), 1))
-    return [crc32c(words[begin : begin + size]) for begin in range(0, len(words), size or 1)]

@@ -22,10 +22,11 @@ from natgrad.schema.errors import InputError
 from natgrad.schema.layout import MEBIBYTE, Layout, LedgerChunk, chunk_capacity
 from natgrad.schema.names import ATTEMPT, PRODUCTS, RUN, STEP
 from natgrad.storage import Storage
+from natgrad.store.attempts import spans_between
 from natgrad.store.checksums import digest_of
 from natgrad.store.group import RECORD_AGAIN, exists
 from natgrad.store.ledger import Ledger
-from natgrad.store.trajectory import Trajectory, spans_between
+from natgrad.store.trajectory import Trajectory
 
 __all__ = ["append_updates", "create_run", "located", "products_checksum", "require_ledger"]
 

@@ -18,18 +18,17 @@ from __future__ import annotations
 
 import itertools
 import math
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from natgrad.kernel.located import Located, joined
 from natgrad.schema.errors import InputError
-from natgrad.schema.layout import MEBIBYTE, Layout, missing_word, storage_dtype
+from natgrad.schema.layout import Layout, missing_word, storage_dtype
 from natgrad.schema.names import (
     ELEMENT,
     PRODUCTS,
@@ -41,42 +40,14 @@ from natgrad.schema.names import (
     replicate_of,
 )
 from natgrad.storage import Storage
-from natgrad.storage.local import ChunkFile
 from natgrad.store.checksums import RecordedChecksums, add_to_checksums, checksum
+from natgrad.store.chunk_files import ChunkFiles
+from natgrad.store.chunk_objects import fetch_states
 from natgrad.store.group import INGEST_AGAIN, ArrayPlan, chunk_entry, damage_error, open_array, with_length
 from natgrad.store.journal import Journal
 from natgrad.store.references import OpenFiles, References
 
-__all__ = ["States", "ranges_of", "state_arrays", "storage_dtype"]
-
-_RANGE_BYTES, _RANGES = 4 * MEBIBYTE, 4
-"""Bytes in a range of an object, and number of ranges that are requested concurrently."""
-
-
-def ranges_of(
-    states: int, state_bytes: int, *, range_bytes: int = _RANGE_BYTES, at_once: int = _RANGES
-) -> Iterator[list[tuple[int, int]]]:
-    """Divide consecutive states of a chunk into ranges that are requested concurrently.
-
-    Parameters
-    ----------
-    states : int
-    state_bytes : int
-        Bytes of one state.
-    range_bytes : int
-        Maximum number of bytes in a range; a range of one state may be larger.
-    at_once : int
-        Number of concurrent ranges.
-
-    Yields
-    ------
-    list of (int, int)
-        First and stop state of each range.
-    """
-    step = max(1, range_bytes // state_bytes)
-    for first in range(0, states, step * at_once):
-        last = min(first + step * at_once, states)
-        yield [(low, min(low + step, last)) for low in range(first, last, step)]
+__all__ = ["States", "state_arrays", "storage_dtype"]
 
 
 def state_arrays(
@@ -111,16 +82,6 @@ def state_arrays(
             compressors.get(name),
         )
     return arrays
-
-
-class _MissingState:
-    """A file that contains a state of a chunk column that was not logged, for readers of files."""
-
-    def __init__(self, elements: int, dtype: str) -> None:
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115  # `close` closes it
-        self._file.write(np.full(elements, missing_word(dtype), storage_dtype(dtype)).tobytes())
-        self._file.flush()
-        self.descriptor, self.close = self._file.fileno(), self._file.close
 
 
 class States:
@@ -197,8 +158,7 @@ class States:
         self._array = cache(lambda name: open_array(self.storage / name))
         # Creating a storage path takes as long as opening a file.
         self._folder = None if storage.local_path is None else str(storage.local_path)
-        self._open: dict[tuple[str, int, int], ChunkFile | _MissingState] = {}
-        self._read_ahead = 0
+        self._chunks = ChunkFiles(self._folder or "", chunk, self.dtypes, self._damaged)
         self._writes = storage.writes()
         self._written: set[Storage] = set()
         self.journal = Journal(storage / "commits", INGEST_AGAIN)
@@ -363,18 +323,15 @@ class States:
             Limit of the read-ahead: if the chunks are not cached, the next column is read ahead, provided that its
             index is less than this.
         """
-        self._read_ahead = columns
-        still_needed: set[tuple[str, int, int]] = set()
-        files_needed = False
+        self._chunks.columns = columns
+        finished = None
         try:
             yield
-            still_needed = {key for key in self._open if key[2] > column}
-            files_needed = column + 1 < columns
             self._files.require_unchanged()
+            finished = column if column + 1 < columns else None
         finally:
-            for key in set(self._open) - still_needed:
-                self._open.pop(key).close()
-            if not files_needed:
+            self._chunks.close(finished)
+            if finished is None:
                 self._files.close()
 
     def ranges(self, start: int, stop: int, column: int, leads: NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
@@ -443,35 +400,15 @@ class States:
         parts = []
         for low, high, referenced in self.divided(name, start, stored):
             if not referenced:
-                parts.append(self._locate_copies(name, low, high, column))
+                parts.append(self._chunks.locate(name, low, high, column, ends[1] - ends[0]))
                 continue
             files, *rest = self.references.locate(name, range(low, high), ends, itemsize)
             used, positions = np.unique(files, return_inverse=True)
             descriptors = np.array([self._files.descriptor(index) for index in used.tolist()], np.int32)
             parts.append(Located(descriptors[positions].reshape(files.shape), *rest))
-        if stored < stop:
-            missing = self._open.get((name, -1, column)) or _MissingState(self.chunk[1], self.dtypes[name])
-            self._open[name, -1, column] = missing
-            parts.append(self._in_one_piece([missing.descriptor], [0], column))
-        return joined(parts, itemsize) if parts else self._in_one_piece([], [], column)
-
-    def _locate_copies(self, name: str, start: int, stop: int, column: int) -> Located:
-        steps = self.chunk[0]
-        indices = range(start // steps, -(-stop // steps))
-        files = [self._opened_chunk(name, index, column).descriptor for index in indices]
-        offsets = np.arange(steps, dtype=np.int64) * (self._chunk_bytes[name] // steps)
-        requested = slice(start - indices.start * steps, stop - indices.start * steps)
-        return self._in_one_piece(
-            np.repeat(files, steps)[requested], np.tile(offsets, len(files))[requested], column
-        )
-
-    def _in_one_piece(self, descriptors: ArrayLike, offsets: ArrayLike, column: int) -> Located:
-        first, last = self.column(column)
-        return Located(
-            np.asarray(descriptors, np.int32)[:, None],
-            np.asarray(offsets, np.int64)[:, None],
-            np.array([0, last - first]),
-        )
+        if stored < stop or not parts:
+            parts.append(self._chunks.locate_missing(name, stop - stored, ends[1] - ends[0]))
+        return joined(parts, itemsize)
 
     def divided(self, name: str, start: int, stop: int) -> Iterator[tuple[int, int, bool]]:
         """Divide states into ranges that are all in the files of the log (True), or all in chunks (False)."""
@@ -509,7 +446,7 @@ class States:
         out = out[:, : last - first]
         steps = self.chunk[0]
         read = (
-            self._decode if self.is_compressed(name) else self._fetch if self._folder is None else self._read_file
+            self._decode if self.is_compressed(name) else self._fetch if self._folder is None else self._chunks.read
         )
         stored = min(stop, self._stored(name))
         out[max(stored - start, 0) :] = missing_word(self.dtypes[name])
@@ -528,18 +465,6 @@ class States:
                     checksums = np.zeros(len(states), np.uint32)
                     add_to_checksums(checksums, states)
                     self.require_recorded(name, low, column, checksums)
-
-    def _read_file(self, name: str, index: int, column: int, start: int, out: NDArray[Any]) -> None:
-        """Read states of an uncompressed local chunk, with one read if they are contiguous in the buffer."""
-        state_bytes = self.chunk[1] * out.itemsize
-        together = out.flags.c_contiguous and out.shape[1] == self.chunk[1]
-        with closing(self._chunk_file(name, index, column)) as file:
-            try:
-                for position, words in enumerate([out] if together else out, start - index * self.chunk[0]):
-                    if missing := file.read(position * state_bytes, words.data.cast("B")):
-                        raise self._damaged(name, index, column, f"it is {missing} bytes too short")
-            except OSError as error:
-                raise self._damaged(name, index, column, str(error)) from error
 
     def _damaged(
         self, name: str, index: int, column: int, what: str, states: tuple[int, int] | None = None
@@ -560,29 +485,12 @@ class States:
 
     def named(self, start: int, stop: int) -> str:
         """Return a name for a range of states, for messages."""
+        return self.numbered(start, stop)
+
+    @staticmethod
+    def numbered(start: int, stop: int) -> str:
+        """Return the indices of a range of states, for messages."""
         return f"state {start}" if stop - start == 1 else f"states {start} to {stop - 1}"
-
-    def _chunk_file(self, name: str, index: int, column: int) -> ChunkFile:
-        array, replicate = replicate_of(name)
-        between = "" if replicate is None else f"{replicate}/"
-        try:
-            file = ChunkFile(f"{self._folder}/{array}/c/{index}/{between}{column}")
-        except OSError as error:
-            raise self._damaged(name, index, column, str(error)) from error
-        missing = self._chunk_bytes[name] - file.size
-        if missing > 0:
-            file.close()
-            raise self._damaged(name, index, column, f"it is {missing} bytes too short")
-        return file
-
-    def _opened_chunk(self, name: str, index: int, column: int, ahead: bool = True) -> ChunkFile:
-        known = self._open.get((name, index, column))
-        if isinstance(known, ChunkFile):
-            return known
-        file = self._open[name, index, column] = self._chunk_file(name, index, column)
-        if file.read_ahead() and ahead and column + 1 < self._read_ahead:
-            self._opened_chunk(name, index, column + 1, ahead=False)
-        return file
 
     def _require_committed(self, name: str, start: int, stop: int) -> None:
         if not 0 <= start <= stop <= self.n_states:
@@ -608,20 +516,9 @@ class States:
 
     def _fetch(self, name: str, index: int, column: int, start: int, out: NDArray[Any]) -> None:
         """Read states of an uncompressed chunk by range requests."""
-        chunk = self.chunk_entry(name, index, column)
-        state_bytes = self.chunk[1] * out.itemsize
-        begin = (start - index * self.chunk[0]) * state_bytes
-        for ranges in ranges_of(len(out), state_bytes):
-            spans = [(begin + low * state_bytes, begin + high * state_bytes) for low, high in ranges]
-            try:
-                contents = chunk.get_ranges(spans)
-            except FileNotFoundError as error:
-                raise self._damaged(name, index, column, "it is missing") from error
-            for (low, high), content in zip(ranges, contents, strict=True):
-                if missing := (high - low) * state_bytes - len(content):
-                    raise self._damaged(name, index, column, f"it is {missing} bytes too short")
-                words = np.frombuffer(content, out.dtype).reshape(-1, self.chunk[1])
-                out[low:high] = words[:, : out.shape[1]]
+        first = start - index * self.chunk[0]
+        if what := fetch_states(self.chunk_entry(name, index, column), first, self.chunk[1], out):
+            raise self._damaged(name, index, column, what)
 
     def require_recorded(
         self,

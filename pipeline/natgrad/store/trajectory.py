@@ -27,7 +27,7 @@ replaces it. A state that still lacks something when others follow it (the last 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,60 +41,35 @@ from natgrad.schema.names import (
     ATTEMPT,
     OPTIMIZER_NUMBERS,
     RECOVERY,
-    REPLICATE,
     REPLICATE_LOSS,
     RUN,
     STATES,
     STEP,
-    TENSOR,
     USUAL_SCALARS,
 )
 from natgrad.schema.summary import summary_html
 from natgrad.storage import Storage
+from natgrad.store.attempts import current_states, spans_between
+from natgrad.store.gone import changed_states, missing_states
 from natgrad.store.group import (
     INGEST_AGAIN,
-    SCALAR_CHUNK,
-    ArrayPlan,
     StoredArray,
-    chunk_entry,
     create_group,
-    damage_error,
     is_plain,
     number_chunks,
     open_group,
-    read_complete_chunks,
     read_documents,
     remove_group,
     resize_all,
 )
 from natgrad.store.journal import sources_of
+from natgrad.store.numbers import StateNumbers, number_arrays
 from natgrad.store.references import StateReference, encode
 from natgrad.store.states import States, state_arrays
 
-__all__ = ["Trajectory", "spans_between"]
+__all__ = ["Trajectory"]
 
 _log = logger(__name__)
-
-_TABLE_CHUNK = 1 << 16
-"""Approximate number of values in a chunk of an array (step, tensor)."""
-
-
-def spans_between(numbers: Sequence[NDArray[np.int64]], step_span: int) -> NDArray[np.int64]:
-    """Return the number of updates from each state to the next, shape (states - 1,); see `Trajectory.spans`.
-
-    Parameters
-    ----------
-    numbers : sequence of int64 array, shape (states,)
-        Steps, attempts and runs.
-    step_span : int
-        See `Trajectory.step_span`.
-    """
-    steps, attempts, runs = numbers
-    spans = np.diff(steps)
-    spans[(np.diff(attempts) != 0) | (np.diff(runs) != 0)] = 0
-    if step_span:
-        spans[spans != step_span] = 0
-    return spans
 
 
 class Trajectory(States):
@@ -117,6 +92,8 @@ class Trajectory(States):
         declares it.
     read_options : dict or None
         Options for reading the log, see `natgrad.ingestion.read_options`; None if `create` received none.
+    stored_numbers : StateNumbers
+        The numbers per step in the storage. `scalar` adds those of a provisional state.
 
     Notes
     -----
@@ -146,7 +123,6 @@ class Trajectory(States):
         self._fixed_runs: tuple[str, ...] = ()
         self._spans: NDArray[np.int64] | None = None
         self._breaks: NDArray[np.int64] = np.empty(0, np.int64)
-        self._read: dict[str, tuple[NDArray[Any], int]] = {}
         self._visible: dict[str, NDArray[Any]] = {}
         dtypes: dict[str, str] = attributes["dtypes"]
         # The shapes are read before the records, because a writer extends them after its record.
@@ -156,7 +132,8 @@ class Trajectory(States):
         self._gradient_source: str = attributes.get("gradient_source", "logged")
         stored = () if recorded else tuple(dtypes)
         documents = read_documents(storage, "trajectory", (*stored, *self.numbers), attributes["arrays"])
-        self._number_arrays = {name: StoredArray.of(documents[name]) for name in self.numbers}
+        arrays = {name: StoredArray.of(documents[name]) for name in self.numbers}
+        self.stored_numbers = StateNumbers(self, arrays)
         super().__init__(
             storage,
             Layout.from_json(attributes["layout"]),
@@ -275,18 +252,7 @@ class Trajectory(States):
             attributes["read_options"] = dict(read_options)
         arrays = state_arrays(layout, {} if recorded else dtypes, chunk, replicates, compressors or {})
         numbered = (STEP, ATTEMPT, RUN) if sweep else (STEP, ATTEMPT)
-        for name in (*numbered, *scalars):
-            several = name == REPLICATE_LOSS
-            arrays[name] = ArrayPlan(
-                (STEP, REPLICATE) if several else (STEP,),
-                (0, replicates) if several else (0,),
-                (max(1, _TABLE_CHUNK // replicates), replicates) if several else (SCALAR_CHUNK,),
-                "int64" if name in numbered else "float64",
-            )
-        width = len(layout.tensors)
-        for name in tables:
-            steps = max(1, _TABLE_CHUNK // max(1, width))
-            arrays[name] = ArrayPlan((STEP, TENSOR), (0, width), (steps, width), "float64")
+        arrays |= number_arrays(layout, numbered, scalars, tables, replicates)
         create_group(storage, "trajectory", attributes, arrays)
         return cls(storage)
 
@@ -357,7 +323,7 @@ class Trajectory(States):
             "dtypes": self.array_dtypes,
             **({"replicates": self.replicates} if self.replicates else {}),
             **({"last_step_lacks": list(self.provisional)} if self.provisional else {}),
-            **({"in_place": True, "states_gone": self.missing_states()} if self.in_place else {}),
+            **({"in_place": True, "states_gone": missing_states(self)} if self.in_place else {}),
             **({"states_removed": len(self.dropped)} if self.dropped else {}),
             **({"states": "none"} if self.recorded else {}),
             **({"gradient_source": self.gradient_source} if self.gradient_source != "logged" else {}),
@@ -408,7 +374,7 @@ class Trajectory(States):
                 shape = (self.n_states, self.replicates if name == REPLICATE_LOSS else len(self.layout.tensors))
             return np.zeros(shape, np.int64) if name in (ATTEMPT, RUN) else np.full(shape, np.nan)
         if name not in self._visible:
-            values, _ = self._verified_numbers(name)
+            values, _ = self._fixed_numbers(name)
             if self._provisional:
                 # Chunks may already contain the numbers of the completed state.
                 last = np.asarray(self._provisional["numbers"][name], values.dtype)
@@ -417,80 +383,20 @@ class Trajectory(States):
             self._visible[name] = values
         return self._visible[name]
 
+    def _fixed_numbers(self, name: str) -> tuple[NDArray[Any], int]:
+        """Return the numbers of all fixed states, and their checksum."""
+        return self.stored_numbers.verified(name, self._newest.get("scalars", {}))
+
     def _load_records(self) -> None:
         super()._load_records()
         self._visible, self._spans = {}, None
-
-    def _verified_numbers(self, name: str) -> tuple[NDArray[Any], int]:
-        """Return the numbers of all fixed states, and their checksum. Only those of new states are read."""
-        known, found = self._read.get(name) or self._empty(name)
-        if len(known) == self.n_fixed:
-            return known, found
-        values = np.concatenate([known, *self._read_numbers(name, len(known))])[: self.n_fixed]
-        found = crc32c(values[len(known) :].data.cast("B"), found)
-        if found != self._newest["scalars"][name]:
-            raise self._damaged_number(name, values)
-        values.flags.writeable = False
-        self._read[name] = values, found
-        return values, found
-
-    def read_numbers(self, name: str) -> NDArray[Any]:
-        """Read the numbers of all fixed states without comparing them with their checksums; see `scalar`."""
-        empty, _ = self._empty(name)
-        return np.concatenate([empty, *self._read_numbers(name, 0)])[: self.n_fixed]
-
-    def _read_numbers(self, name: str, start: int) -> list[NDArray[Any]]:
-        """Read the numbers of the fixed states from ``start`` to the end of the last chunk."""
-        array = self._number_arrays[name]
-        rows, other_axes = array.chunks[0], [0] * (len(array.shape) - 1)
-        indices = [(index, *other_axes) for index in range(start // rows, -(-self.n_fixed // rows))]
-        found = read_complete_chunks(self.storage / name, indices, array.chunks, array.dtype, INGEST_AGAIN)
-        # The first chunk also contains earlier states.
-        return [chunk[0 if position else start % rows :] for position, chunk in enumerate(found)]
-
-    def _empty(self, name: str) -> tuple[NDArray[Any], int]:
-        """Return the numbers of no state, and their checksum."""
-        array = self._number_arrays[name]
-        return np.empty((0, *array.shape[1:]), array.dtype), 0
-
-    def _damaged_number(self, name: str, values: NDArray[Any]) -> InputError:
-        """Return the error for numbers that do not match their checksum; it names the first chunk that differs."""
-        start, stop = next(self.damaged_numbers(name, values, self.each_record()), (0, self.n_fixed))
-        array = self._number_arrays[name]
-        chunk = chunk_entry(self.storage / name, start // array.chunks[0], *(0 for _ in array.shape[1:]))
-        part = super().named(start, stop) if name == STEP else self.named(start, stop)
-        return damage_error(chunk, "checksum mismatch", INGEST_AGAIN, f"{name}, {part}")
-
-    def damaged_numbers(
-        self, name: str, values: NDArray[Any], records: Iterable[Mapping[str, Any]]
-    ) -> Iterator[tuple[int, int]]:
-        """Yield the range of states of each commit whose numbers do not match their checksum.
-
-        Parameters
-        ----------
-        name : str
-        values : array
-            From `read_numbers`.
-        records : iterable of mapping
-            Records of the commits, in order. A commit is not compared if the record before it is not given. That of
-            a provisional state is omitted: it contains its numbers.
-        """
-        reached = before = 0
-        for record in records:
-            start, stop = record["start"], record["stop"]
-            if stop > self.n_fixed:  # committed since the trajectory was opened
-                return
-            expected = record["scalars"][name]
-            if start == reached and crc32c(values[start:stop].data.cast("B"), before) != expected:
-                yield start, stop
-            reached, before = stop, expected
 
     def named(self, start: int, stop: int) -> str:
         """Return the steps of a range of states, for messages, or their indices if the steps are damaged."""
         try:
             steps = self.scalar(STEP)[start:stop].tolist()
         except InputError:
-            return super().named(start, stop)
+            return self.numbered(start, stop)
         return f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
 
     @property
@@ -502,7 +408,7 @@ class Trajectory(States):
 
     def _named_runs(self) -> tuple[str, ...]:
         """Return the names of the runs of a sweep that have a fixed state."""
-        if len(self._fixed_runs) <= int(self._verified_numbers(RUN)[0].max(initial=-1)):
+        if len(self._fixed_runs) <= int(self._fixed_numbers(RUN)[0].max(initial=-1)):
             fixed = (record for record in self.each_record() if record["stop"] <= self.n_fixed)
             self._fixed_runs = tuple(name for record in fixed for name in record.get("runs", ()))
         return self._fixed_runs
@@ -549,15 +455,7 @@ class Trajectory(States):
         attempt : int, optional
             Ignore attempts after this one; by default all attempts count.
         """
-        steps, attempts, runs = (self.scalar(name) for name in (STEP, ATTEMPT, RUN))
-        chosen = attempts <= (attempts.max(initial=0) if attempt is None else attempt)
-        # A new attempt supersedes the states of its run at its first step and later.
-        new = np.unique(runs, return_index=True)[1]
-        for begin in np.setdiff1d(self._starts(), new):
-            if chosen[begin]:
-                older = (runs[:begin] == runs[begin]) & (attempts[:begin] < attempts[begin])
-                chosen[:begin] &= ~older | (steps[:begin] < steps[begin])
-        return chosen
+        return current_states([*map(self.scalar, (STEP, ATTEMPT, RUN))], self._starts(), attempt)
 
     @property
     def source(self) -> str:
@@ -603,7 +501,7 @@ class Trajectory(States):
         a pass has computed from them are kept.
         """
         superseded = np.flatnonzero(~self.current()).tolist() if self.references.files else []
-        gone = self._changed(set(superseded) - self.gone)
+        gone = changed_states(self.references, set(superseded) - self.gone)
         for name in self.journal.names() if gone else []:
             record = self.journal.read(name)
             new = [state for state in gone if record["start"] <= state < record["stop"]]
@@ -612,14 +510,6 @@ class Trajectory(States):
         if gone:
             self._load_records()
         return gone
-
-    def _changed(self, states: Iterable[int]) -> list[int]:
-        """Return the states for which a file of the log is missing or changed."""
-        files = {state: self.references.files_of(state) for state in sorted(states)}
-        changed = {
-            index for index in set().union(*files.values()) if not self.references.files[index].is_unchanged()
-        }
-        return [state for state, own in files.items() if not changed.isdisjoint(own)]
 
     def forget_references(self, checksums: Mapping[str, Mapping[tuple[int, int], int]]) -> None:
         """Record that states from the files of the log are now copied. Their chunks have been written.
@@ -648,25 +538,6 @@ class Trajectory(States):
         if self._provisional:
             self.journal.write_provisional(copied(self._provisional))
         self._load_records()
-
-    def missing_states(self) -> list[str]:
-        """Return the ranges of states whose files have changed or are missing, for users.
-
-        Neither the ledger nor the results need them. The objects of a log in an object store are not compared.
-        """
-        # A request for each object of a log would take minutes.
-        missing = self.gone | set(self._changed(range(self.n_states)) if self.references.is_local else ())
-        # The attempt of each state that is missing.
-        marks = [
-            attempt if state in missing else None for state, attempt in enumerate(self.scalar(ATTEMPT).tolist())
-        ]
-        found, start = [], 0
-        for attempt, group in itertools.groupby(marks):
-            stop = start + len(list(group))
-            if attempt is not None:
-                found.append(f"{self.named(start, stop)} of attempt {attempt}")
-            start = stop
-        return found
 
     # Verification -------------------------------------------------------------------------------------------
 
@@ -740,9 +611,9 @@ class Trajectory(States):
         sums: dict[str, int] = {}
         last: dict[str, Any] = {}
         for name, values in {**numbers, **scalars}.items():
-            array = self._number_arrays[name]
+            array = self.stored_numbers.arrays[name]
             new = np.asarray(values, dtype=array.dtype).reshape(len(steps), *array.shape[1:])
-            before, found = self._verified_numbers(name)
+            before, found = self._fixed_numbers(name)
             chunks |= number_chunks(array, name, before, new)
             # The checksum covers the numbers of all states, so that a reader needs one record to verify them.
             sums[name] = crc32c(new[: fixed - start].tobytes(), found)

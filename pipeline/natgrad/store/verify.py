@@ -218,12 +218,12 @@ def _verify_scalar(
     states: Trajectory, name: str, records: Iterable[Mapping[str, Any]], numbers: NDArray[Any]
 ) -> Iterator[Damage]:
     try:
-        values = states.read_numbers(name)
+        values = states.stored_numbers.unverified(name)
     except InputError as error:
         yield Damage(error.where, error.what, name)
         return
     where = str(states.storage / name)
-    for start, stop in states.damaged_numbers(name, values, records):
+    for start, stop in states.stored_numbers.damaged(name, values, records):
         yield Damage(where, "checksum mismatch", name, _first_and_last(numbers, start, stop))
 
 
