@@ -61,6 +61,12 @@ def warm():
     gram.products([state], [state], np.array([0, 3]), products, np.empty((1, 1)), None)
 
 
+def report(text):
+    """Print the progress."""
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
 def work(log, out, in_place=False):
     ingest_run(log, out, limits=INGEST, in_place=in_place)
     analyze_run(out, Analysis(workers=1), limits=PLAN)
@@ -143,9 +149,8 @@ def torture(folder, kills, seed, in_place=False):
     answer(work, log, undisturbed, in_place)
     duration = time.monotonic() - began
     truth, expected = answer(observe, undisturbed), answer(files, undisturbed)
-    counts = Counter(
-        dict.fromkeys(("kills", "runs", "in_ingest", "in_analysis", "lost", "doubled", "differing"), 0)
-    )
+    names = ("kills", "runs", "in_ingest", "in_analysis", "lost", "doubled", "differing", "damaged", "other_bytes")
+    counts = Counter(dict.fromkeys(names, 0))
     while counts["kills"] < kills:
         out = folder / f"run-{counts['runs']}"
         before = {"steps": [], "ledger chunks": {}}
@@ -178,6 +183,7 @@ def torture(folder, kills, seed, in_place=False):
         answer(work, log, out, in_place)
         counts["runs"] += 1
         counts["other_bytes"] += answer(files, out) != expected
+        report(f"{counts['kills']} kills in {counts['runs']} runs: {dict(counts)}")
         if in_place:
             began = time.monotonic()
             answer(copy_later, shutil.copytree(out, folder / "copied"))
@@ -222,6 +228,9 @@ DAMAGE_STEPS, DAMAGE_GROWN = (15, 16), 20
 
 DAMAGE_INGEST = IngestLimits(chunk=(3, 400), commit_bytes=1)
 """Two columns of chunks."""
+
+REPORTED_TRIALS = 100
+"""Trials of a process after which it prints its counts."""
 
 DAMAGE_SUMMARY = {"new_steps": DAMAGE_GROWN}
 
@@ -365,14 +374,23 @@ def damage_trials(
 
 
 def damage(folder, trials, seed, part, in_place=False):
-    """Return all trials of one part of the kinds of files, one half of them with each number of steps."""
+    """Return the numbers of the consequences of one part of the kinds of files, and the descriptions of bad ones.
+
+    One half of the trials has each number of steps.
+    """
     logging.getLogger("natgrad").setLevel(logging.CRITICAL)
-    found = []
+    counts, bad = Counter(), []
     for steps, some in zip(DAMAGE_STEPS, (trials - trials // 2, trials // 2), strict=True):
-        if some:
-            where = folder / f"{steps}-{part[0]}"
-            found += damage_trials(where, some, seed, steps=steps, part=part, in_place=in_place)
-    return found
+        where = folder / f"{steps}-{part[0]}"
+        found = damage_trials(where, some, seed, steps=steps, part=part, in_place=in_place) if some else ()
+        for consequence, description in found:
+            counts[consequence] += 1
+            if consequence not in GOOD:
+                bad.append(description)
+                report(description)
+            if counts.total() % REPORTED_TRIALS == 0:
+                report(f"part {part[0] + 1} of {part[1]}, {counts.total()} trials: {dict(counts)}")
+    return counts, bad
 
 
 # Two writers, and a reader ------------------------------------------------------------------------------------
@@ -455,11 +473,10 @@ def main():
             fork(damage, parts[3], options.damages, options.seed, (part, count), options.in_place)
             for part in range(count)
         ]
-        found = [trial for process, read in running for trial in result(process, read)]
-        counted["damages"] = Counter(consequence for consequence, _ in found)
-    bad_damages = [description for consequence, description in found if consequence not in GOOD]
+        parts_of_damage = [result(process, read) for process, read in running]
+    counted["damages"] = sum((Counter(counts) for counts, _ in parts_of_damage), Counter())
+    bad_damages = [description for _, bad in parts_of_damage for description in bad]
     sys.stdout.write(json.dumps(counted) + "\n")
-    sys.stderr.write("".join(f"{one}\n" for one in bad_damages))
     bad = [counted[name] for name in ("lost", "doubled", "differing", "damaged", "other_bytes", "race_other_bytes")]
     return int(any(bad) or bool(bad_damages) or counted["reader"]["torn"] > 0)
 
