@@ -37,7 +37,7 @@ def test_values_are_added_together_as_one_by_one(batches, limit):
     def together(column):
         record = 1
         for number, batch in enumerate(batches):
-            column.extend(record, batch, 10 * number)
+            column.extend(record, batch, range(10 * number, 10 * number + len(batch)))
             record += len(batch)
 
     def apart(column):

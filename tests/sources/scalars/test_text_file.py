@@ -15,6 +15,7 @@ from test_scalar_log import run_without_scalars, settled, stored
 from natgrad.schema.errors import InputError
 from natgrad.sources.names import parse_map
 from natgrad.sources.opening import format_of
+from natgrad.sources.scalars.columns import each_record
 from natgrad.sources.scalars.text_file import LINE_FORMS, TEXT_KIND
 from natgrad.storage import open_storage
 from opened import ingest, open_source, open_sources
@@ -166,5 +167,19 @@ def test_any_text_is_either_read_or_refused(tmp_path_factory, lines):
     for form in (*LINE_FORMS, "iter {step}: loss {loss}", "{step} {word} {loss}"):
         decode = TEXT_KIND.of_line(form, "step")
         with contextlib.suppress(InputError, ValueError):
-            for record in decode(open_storage(path), lambda key: True, []):
+            for record in each_record(decode(open_storage(path), lambda key: True, [])):
                 assert set(map(type, record.values())) <= {int, str, type(None)}
+
+
+@given(
+    st.lists(st.sampled_from(["Iter 1: LOSS 2.5", " iter\t2:  loss nan ", "", "x", "iter 3: loss 4", "iter 5 6"])),
+    st.sampled_from(["iter {step}: loss {loss}", "{step}: loss {loss}", "Iter {word}", "iter {step}"]),
+)
+def test_lines_are_matched_together_as_one_by_one(tmp_path_factory, lines, form):
+    path, decode = tmp_path_factory.mktemp("text") / "train.log", TEXT_KIND.of_line(form, "step")
+    found = []
+    for last in ("x", "é"):  # lines that are not ASCII are matched one by one
+        path.write_text("\n".join([*lines, "iter 7: loss 8", last]) + "\n")
+        records = each_record(decode(open_storage(path), lambda key: True, []))
+        found.append([{key: str(value).lower() for key, value in record.items()} for record in records])
+    assert found[0] == found[1]

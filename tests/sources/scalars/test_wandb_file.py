@@ -12,10 +12,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from test_protocol_buffer import field
 from test_scalar_log import read_all, run_without_scalars, settled, stored
 
 from natgrad.schema.errors import InputError
 from natgrad.sources.opening import format_of
+from natgrad.sources.scalars.columns import each_record
+from natgrad.sources.scalars.protocol_buffer import BYTES, FIXED64, VARINT
 from natgrad.sources.scalars.wandb_file import WANDB_START, read_wandb, wandb_files
 from natgrad.storage import LocalStorage
 from opened import ingest
@@ -233,3 +236,38 @@ def test_a_folder_of_runs_is_read_if_it_has_one_run_and_otherwise_one_is_selecte
         ingest([log, folder], tmp_path / "other.zarr")
     ingest([log, folder], tmp_path / "other.zarr", mapping={"run": "xyz"})
     assert stored(tmp_path / "other.zarr") == VALUES
+
+
+def logged(key, value):
+    """Return an item with a key and the bytes of its value, or two keys."""
+    return field(1, BYTES, b"".join(field(2, BYTES, part.encode()) for part in key.split("/")) + value)
+
+
+logged_values = st.one_of(
+    st.floats().map(lambda value: field(16, BYTES, json.dumps(value).encode())),
+    st.integers(-(2**53), 2**53).map(lambda value: field(8, BYTES, json.dumps(value).encode())),
+    st.sampled_from([b'"x"', b"null", b"[1, 2]", b"true", b"-0", b'{"a": 1}']).map(
+        lambda text: field(16, BYTES, text)
+    ),
+    st.floats().map(lambda value: field(6, FIXED64, struct.pack("<d", value))),
+    st.integers(0, 99).map(lambda value: field(5, VARINT, value)),
+    st.just(b""),
+)
+items = st.dictionaries(st.sampled_from(["_step", "loss", "train/lr", "other"]), logged_values).map(
+    lambda values: b"".join(logged(*pair) for pair in values.items())
+)
+steps = st.one_of(st.just(b""), st.integers(0, 9).map(lambda step: field(2, BYTES, field(1, VARINT, step))))
+
+
+@given(st.lists(st.one_of(st.builds(lambda item, step: field(2, BYTES, item + step), items, steps)), max_size=8))
+def test_histories_are_decoded_together_as_one_by_one(tmp_path_factory, records):
+    path, found = tmp_path_factory.mktemp("log") / "run-1.wandb", []
+    # A step without its value, because of which records are decoded one by one.
+    incomplete = field(2, BYTES, logged("_step", b""))
+    for some in (records, [*records, incomplete]):
+        fragments = (struct.pack("<IHB", zlib.crc32(data, zlib.crc32(b"\1")), len(data), 1) + data for data in some)
+        path.write_bytes(WANDB_START + b"".join(fragments))
+        decoded = each_record(read_wandb(LocalStorage(path), lambda key: key != "other", []))
+        found.append([{k: float(v) if type(v) is int else v for k, v in each.items()} for each in decoded])
+    found = [[{k: v for k, v in each.items() if v is not None} for each in some[: len(records)]] for some in found]
+    np.testing.assert_equal(*found)

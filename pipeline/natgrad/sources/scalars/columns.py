@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import compress
 from typing import Any
 
@@ -21,22 +21,32 @@ __all__ = [
     "Decoded",
     "Labels",
     "Table",
+    "Values",
+    "columns_by_name",
     "each_record",
     "label_text",
     "number_of",
+    "spread",
+    "with_column",
 ]
 
 LABELS_LIMIT = 1 << 16
 """Maximum number of different values of a label."""
 
 
+_NAMES_TOGETHER = 8
+
 LINE_KEY = "\0line"
 """Key for the number of the line of a record in a text file, for messages."""
 
 
+Values = Sequence[Any] | NDArray[np.float64]
+"""Values of a key in consecutive records. None is missing."""
+
+
 @dataclass(frozen=True)
 class Batch:
-    """Consecutive records with the same keys, whose values are strings. Decoding many records together is faster.
+    """Consecutive records. Adding many values to a column at once is faster.
 
     Attributes
     ----------
@@ -44,19 +54,20 @@ class Batch:
         Number of records.
     columns : mapping
         Values by key.
-    line : int
-        Number of the line of the first record; each record is one line.
+    lines : sequence of int, optional
+        Number of the line of each record, for a text file.
     """
 
     size: int
-    columns: Mapping[str, Sequence[str]]
-    line: int
+    columns: Mapping[str, Values]
+    lines: Sequence[int] | None = None
 
     def records(self) -> Iterator[Mapping[str, Any]]:
-        """Yield the records one by one."""
+        """Yield the records one by one, without missing values."""
+        columns = {key: _listed(values) for key, values in self.columns.items()}
         for index in range(self.size):
-            values = {key: column[index] for key, column in self.columns.items()}
-            yield {LINE_KEY: self.line + index, **values}
+            line = {} if self.lines is None else {LINE_KEY: self.lines[index]}
+            yield line | {key: column[index] for key, column in columns.items() if column[index] is not None}
 
 
 Decoded = Iterator[Mapping[str, Any] | Batch]
@@ -70,6 +81,47 @@ def each_record(records: Decoded) -> Iterator[Mapping[str, Any]]:
             yield from values.records()
         else:
             yield values
+
+
+def columns_by_name(
+    names: Sequence[str], values: Sequence[Any], wanted: Callable[[str], bool]
+) -> dict[str, list[Any]] | None:
+    """Return the columns of a long table, each row of which has the name of a key and its value.
+
+    Returns None if the table has many keys, for which columns with missing values would be too large.
+    """
+    keys = [name for name in dict.fromkeys(names) if wanted(name)]
+    if len(keys) > _NAMES_TOGETHER:
+        return None
+    pairs = list(zip(names, values, strict=True))
+    return {key: [value if name == key else None for name, value in pairs] for key in keys}
+
+
+def spread(values: Values, records: NDArray[np.int64], size: int) -> Values:
+    """Return a column of a batch with values in some of its records.
+
+    Raises
+    ------
+    ValueError
+        If a record has two values. ``records`` are increasing.
+    """
+    if (np.diff(records) == 0).any():
+        raise ValueError("a record has two values under one key")
+    if len(records) == size:
+        return values
+    column: list[Any] = [None] * size
+    for record, value in zip(records.tolist(), _listed(values), strict=True):
+        column[record] = value
+    return column
+
+
+def with_column(records: Decoded, key: str, value: str) -> Decoded:
+    """Yield records with a key that has the same value in all of them."""
+    for values in records:
+        if isinstance(values, Batch):
+            yield replace(values, columns={**values.columns, key: [value] * values.size})
+        else:
+            yield {**values, key: value}
 
 
 @dataclass
@@ -95,21 +147,24 @@ class Column:
         self.records.append(record)
         self.values.append(number)
 
-    def extend(self, record: int, texts: Sequence[str], line: int) -> None:
-        """Add the values of consecutive records and lines, as `append` does; ``record`` is the first one."""
-        filled = list(map(str.strip, texts))
-        records, numbers = range(record, record + len(texts)), list(filter(None, filled))
-        try:
-            # `number_of` refuses underscores, which Python accepts in numbers.
-            values = None if "_" in "".join(numbers) else array("d", map(float, numbers))
-        except ValueError:
-            values = None
-        if values is None or len(self.records) + len(values) > self.limit:
-            for index, text in enumerate(texts):
-                self.append(record + index, text, line + index)
+    def extend(self, record: int, values: Values, lines: Sequence[int] | None) -> None:
+        """Add the values of consecutive records, as `append` does; ``record`` is the first one."""
+        records, numbers = np.arange(record, record + len(values)), _numbers(values)
+        if numbers is None:
+            filled = [value is not None for value in values]
+            numbers = _numbers(list(compress(values, filled)))
+            if numbers is None:
+                filled = [
+                    present and bool(str(value).strip()) for value, present in zip(values, filled, strict=True)
+                ]
+                numbers = _numbers(list(compress(values, filled)))
+            records = records[filled]
+        if numbers is None or len(self.records) + len(numbers) > self.limit:
+            for index, value in enumerate(_listed(values)):
+                self.append(record + index, value, None if lines is None else lines[index])
             return
-        self.records.extend(records if len(numbers) == len(texts) else compress(records, filled))
-        self.values.extend(values)
+        self.records.frombytes(records.tobytes())
+        self.values.extend(numbers)
 
 
 @dataclass
@@ -128,14 +183,19 @@ class Labels:
         self.records.append(record)
         self.codes.append(self.texts.setdefault(text, len(self.texts)))
 
-    def extend(self, record: int, values: Sequence[str]) -> None:
+    def extend(self, record: int, values: Values) -> None:
         """Add the labels of consecutive records; ``record`` is the first one."""
+        kinds = set(map(type, values))
+        if not (kinds <= {str, type(None)} or kinds == {int}):  # other equal values may have different texts
+            for index, value in enumerate(_listed(values)):
+                self.append(record + index, value)
+            return
         different = dict.fromkeys(values)
         for value in different:
             self.append(record, value)
         codes = dict(zip(different, self.codes[len(self.codes) - len(different) :], strict=True))
         del self.records[len(self.records) - len(different) :], self.codes[len(self.codes) - len(different) :]
-        self.records.extend(range(record, record + len(values)))
+        self.records.frombytes(np.arange(record, record + len(values)).tobytes())
         self.codes.extend(map(codes.__getitem__, values))
 
     def of(self, records: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -166,6 +226,25 @@ class Table:
     labels: dict[str, Labels] = field(default_factory=dict)
     restarts: Restarts = field(default_factory=Restarts)
     of_key: dict[str, tuple[Labels | None, Column | None]] = field(default_factory=dict)
+
+
+def _listed(values: Values) -> Sequence[Any]:
+    return values.tolist() if isinstance(values, np.ndarray) else values
+
+
+def _numbers(values: Values) -> array[float] | None:
+    """Return the numbers of values as `number_of` does; None if one of them may not be a number."""
+    if isinstance(values, np.ndarray):
+        return array("d", values.tobytes())
+    kinds = set(map(type, values))
+    try:
+        if kinds <= {float, int}:
+            return array("d", values)
+        if kinds == {str} and "_" not in "".join(values):
+            return array("d", map(float, values))
+    except (ValueError, OverflowError):
+        pass
+    return None
 
 
 def number_of(value: Any) -> float | None:

@@ -7,11 +7,12 @@ contain slashes. Each line of a file is a time, a value and a step.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Any
 
-from natgrad.sources.scalars.record_files import Wanted, complete_lines, table_rows
-from natgrad.sources.scalars.scalar_log import LINE_KEY, RUN_KEY
+from natgrad.sources.scalars.columns import Batch, Decoded, columns_by_name
+from natgrad.sources.scalars.record_files import Wanted, complete_blocks, table_rows
+from natgrad.sources.scalars.scalar_log import RUN_KEY
 from natgrad.storage import Storage
 
 __all__ = ["DATABASE_COLUMNS", "metric_files", "read_database", "read_metric_file"]
@@ -20,6 +21,8 @@ DATABASE_COLUMNS = frozenset({"key", "value", "run_uuid", "step", "is_nan"})
 """Columns of the table ``metrics`` that are read."""
 
 _METRICS, _RUN_FILE = "metrics", "meta.yaml"
+_ROWS = 1 << 9
+"""Rows of a database that are decoded together."""
 _LARGEST = 1.7976931348623157e308
 """Number that MLflow writes into its database for infinity."""
 
@@ -37,7 +40,7 @@ def metric_files(location: Storage) -> list[Storage]:
     return []
 
 
-def read_metric_file(log: Storage, wanted: Wanted, notes: list[str]) -> Iterator[Mapping[str, Any]]:
+def read_metric_file(log: Storage, wanted: Wanted, notes: list[str]) -> Decoded:
     """Yield the values of a metric: the name of its run, ``step``, and the value under the name of the metric."""
     names, folder = [log.name], log.parent
     while folder.name != _METRICS or not (folder.parent / _RUN_FILE).exists():
@@ -46,23 +49,41 @@ def read_metric_file(log: Storage, wanted: Wanted, notes: list[str]) -> Iterator
     key = "/".join(reversed(names))
     if not wanted(key):
         return
-    for number, line in enumerate(complete_lines(log, notes, lambda line: False), 1):
-        parts = line.split()
-        if len(parts) < 2:
-            raise ValueError(f"line {number} does not consist of a time, a value and a step")
-        step = parts[2] if len(parts) > 2 else 0  # as MLflow reads files of its first versions
-        yield {LINE_KEY: number, RUN_KEY: folder.parent.name, "step": step, key: parts[1]}
+    number = 1
+    for block in complete_blocks(log, notes, lambda line: False):
+        rows = [line.split() for line in block[:-1].split("\n")]
+        for line, row in enumerate(rows, number):
+            if len(row) < 2:
+                raise ValueError(f"line {line} does not consist of a time, a value and a step")
+        # Files of the first versions have no steps, which MLflow reads as 0.
+        steps, values = [row[2] if len(row) > 2 else "0" for row in rows], [row[1] for row in rows]
+        columns = {RUN_KEY: [folder.parent.name] * len(rows), "step": steps, key: values}
+        yield Batch(len(rows), columns, range(number, number + len(rows)))
+        number += len(rows)
 
 
-def read_database(log: Storage, wanted: Wanted, notes: list[str]) -> Iterator[Mapping[str, Any]]:
+def read_database(log: Storage, wanted: Wanted, notes: list[str]) -> Decoded:
     """Yield the rows of the table ``metrics``: the name of the run, ``step``, and the value of a metric."""
     query = "SELECT run_uuid, step, key, value, is_nan FROM metrics ORDER BY rowid"
     with table_rows(log, DATABASE_COLUMNS, query) as rows:
-        for run, step, key, value, is_nan in rows:
-            if not isinstance(key, str) or not wanted(key):
+        while batch := list(islice(rows, _ROWS)):
+            chosen = [row for row in batch if isinstance(row[2], str) and wanted(row[2])]
+            if not chosen:
                 continue
-            if is_nan:
-                value = math.nan
-            elif isinstance(value, float) and abs(value) >= _LARGEST:
-                value = math.copysign(math.inf, value)
-            yield {RUN_KEY: str(run), "step": step, key: value}
+            runs, steps, keys, stored, are_nan = map(list, zip(*chosen, strict=True))
+            runs = list(map(str, runs))
+            values = [
+                math.nan if is_nan else _value_of(value) for value, is_nan in zip(stored, are_nan, strict=True)
+            ]
+            columns = columns_by_name(keys, values, wanted)
+            if columns is not None and not columns.keys() & {RUN_KEY, "step"}:
+                yield Batch(len(chosen), {RUN_KEY: runs, "step": steps} | columns)
+                continue
+            for run, step, key, value in zip(runs, steps, keys, values, strict=True):
+                yield {RUN_KEY: run, "step": step, key: value}
+
+
+def _value_of(stored: Any) -> Any:
+    if isinstance(stored, float) and abs(stored) >= _LARGEST:
+        return math.copysign(math.inf, stored)
+    return stored

@@ -12,16 +12,23 @@ import re
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
 from io import TextIOWrapper
-from itertools import islice
+from itertools import chain, islice
 from operator import itemgetter
 from typing import Any, BinaryIO, cast
 from urllib.parse import quote
 
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
 from natgrad.schema.errors import InputError
 from natgrad.sources.bounds import Budget, parse_json, shown
 from natgrad.sources.changes import change_time, changed_lately
-from natgrad.sources.scalars.columns import LINE_KEY, Batch, Decoded
+from natgrad.sources.scalars.columns import LINE_KEY, Batch, Decoded, Values, columns_by_name
+from natgrad.sources.scalars.json_records import NUMBER_CHARACTERS, json_records
 from natgrad.sources.scalars.scalar_log import RESTART_KEY, RUN_KEY
 from natgrad.sources.steps import local_file
 from natgrad.storage import NotRegularError, Storage, StoredFile, require_regular
@@ -109,24 +116,26 @@ def open_text(log: Storage) -> BinaryIO:
     return io.BufferedReader(_Expanded(content))
 
 
-def complete_lines(
+def complete_blocks(
     log: Storage, notes: list[str], is_record: Callable[[str], bool], limit: int = LINE_LIMIT
 ) -> Iterator[str]:
-    """Yield the lines of a text file.
+    """Yield the lines of a text file in blocks; each line ends with a newline character.
 
     A last line without a newline is omitted, unless it is a record and the file has not changed recently.
     """
-    with TextIOWrapper(open_text(log), encoding="utf-8-sig", newline="") as file:
+    with TextIOWrapper(open_text(log), encoding="utf-8-sig") as file:
         while block := file.read(min(limit, _BLOCK)):
-            # The block ends within a line, or between the two characters of a line break.
             block += file.readline(limit) if not block.endswith("\n") else ""
-            ends = block.endswith(("\n", "\r"))
-            *_, last = lines = list(io.StringIO(block, newline=""))
-            if len(last) > limit or (not ends and len(last) == limit):
+            start = block.rfind("\n", 0, len(block) - 1) + 1
+            ends = block.endswith("\n")
+            if len(block) - start > limit or (not ends and len(block) - start == limit):
                 raise ValueError(f"it has a line of more than {limit} characters")
-            yield from lines if ends else lines[:-1]
             if ends:
+                yield block
                 continue
+            if start:
+                yield block[:start]
+            last = block[start:]
             if changed_lately(change_time(log)) or not is_record(last):
                 notes.append(
                     f"the last line of {log.name} has no newline and is omitted: it is being written or truncated"
@@ -135,7 +144,19 @@ def complete_lines(
             notes.append(
                 f"the last line of {log.name} has no newline; it is read, as the file is no longer written"
             )
-            yield last
+            yield f"{last}\n"
+
+
+def complete_lines(
+    log: Storage, notes: list[str], is_record: Callable[[str], bool], limit: int = LINE_LIMIT
+) -> Iterator[str]:
+    """Yield the lines of a text file, each with a newline character; see `complete_blocks`."""
+    for block in complete_blocks(log, notes, is_record, limit):
+        yield from _lines(block)
+
+
+def _lines(block: str) -> Iterator[str]:
+    return io.StringIO(block)
 
 
 def read_csv(log: Storage, wanted: Wanted, notes: list[str]) -> Decoded:
@@ -150,64 +171,132 @@ def read_csv(log: Storage, wanted: Wanted, notes: list[str]) -> Decoded:
             return False
         return bool(header) and len(row) == len(header)
 
-    lines = complete_lines(log, notes, is_record)
-    first = next(lines, "")
+    blocks = complete_blocks(log, notes, is_record)
+    first, newline, rest = next(blocks, "").partition("\n")
     delimiter = max(",;\t", key=first.count)
     if first.count(delimiter) > COLUMNS_LIMIT:
         raise ValueError(f"its header has more than {COLUMNS_LIMIT} columns")
-    header = next(csv.reader([first], delimiter=delimiter), [])
-    positions = [(position, name.strip()) for position, name in enumerate(header) if wanted(name.strip())]
-    if len({name for _, name in positions}) != len(positions):
-        raise _same_name([name for _, name in positions])
-    long = _long_columns([name.strip().lower() for name in header])
-    columns = {name: itemgetter(position) for position, name in positions}
-    rows = csv.reader(lines, delimiter=delimiter, strict=True)
-    while True:
-        line = rows.line_num + 2  # the reader does not count the header
-        try:
-            batch = list(islice(rows, _ROWS))
-        except csv.Error as error:
-            raise ValueError(f"line {rows.line_num + 1}: {error}") from error
-        if not batch:
+    header = next(csv.reader([first + newline], delimiter=delimiter), [])
+    positions = {name.strip(): position for position, name in enumerate(header) if wanted(name.strip())}
+    names = [name.strip() for name in header if wanted(name.strip())]
+    if len(positions) != len(names):
+        raise _same_name(names)
+    table = _CSV(header, delimiter, positions, wanted)
+    line = 2
+    for block in filter(None, chain([rest], blocks)):
+        if '"' in block:  # a value may contain line breaks, and continue in the next block
+            yield from table.records(chain(_lines(block), chain.from_iterable(map(_lines, blocks))), line)
             return
-        are_lines = rows.line_num + 2 - line == len(batch)
-        plain = are_lines and long is None and RUN_KEY not in columns
-        if plain and {*map(len, batch)} == {len(header)} and header not in batch:
-            yield Batch(len(batch), {name: list(map(of, batch)) for name, of in columns.items()}, line)
-            continue
-        for row in batch:
-            line += 1 + sum(len(_LINE_BREAK.findall(value)) for value in row)
-            if row == header:  # a restarted run may write its header again
-                yield {RESTART_KEY: None}
-            elif row:
-                yield {LINE_KEY: line - 1, **_values(row, len(header), line - 1, columns, long, wanted)}
+        numbers = table.numbers(block)
+        if numbers is None:
+            yield from table.records(_lines(block), line)
+        else:
+            yield Batch(len(numbers), table.columns_of(numbers), range(line, line + len(numbers)))
+        line += block.count("\n")
 
 
-def _values(
-    row: list[str],
-    width: int,
-    line: int,
-    columns: Mapping[str, Callable[[list[str]], str]],
-    long: tuple[int, int] | None,
-    wanted: Wanted,
-) -> dict[str, str]:
-    """Return the wanted values of a row of a CSV file."""
-    if len(row) != width:
-        raise ValueError(f"line {line} has {len(row)} values, but the header has {width}")
-    values = {name: of(row) for name, of in columns.items()}
-    if long is not None:
-        metric = row[long[0]].strip()
-        if metric in values:
-            raise ValueError(f"line {line} has a metric named {shown(metric)}, like a column")
-        values |= {metric: row[long[1]]} if wanted(metric) else {}
-    return values
+@dataclass(frozen=True)
+class _CSV:
+    """The table in a CSV file.
 
+    Attributes
+    ----------
+    header : list of str
+    delimiter : str
+    positions : mapping
+        Positions of the wanted columns, by name.
+    wanted : callable
+    """
 
-def _long_columns(header: Sequence[str]) -> tuple[int, int] | None:
-    """Return the positions of metric and value in the header of a long table; None for other tables."""
-    metrics = [position for position, name in enumerate(header) if name in _METRICS]
-    values = [position for position, name in enumerate(header) if name == _VALUE]
-    return (metrics[0], values[0]) if len(metrics) == len(values) == 1 else None
+    header: list[str]
+    delimiter: str
+    positions: Mapping[str, int]
+    wanted: Wanted
+
+    @cached_property
+    def _long(self) -> tuple[int, int] | None:
+        """Positions of metric and value in the header of a long table; None for other tables."""
+        header = [name.strip().lower() for name in self.header]
+        metrics = [position for position, name in enumerate(header) if name in _METRICS]
+        values = [position for position, name in enumerate(header) if name == _VALUE]
+        return (metrics[0], values[0]) if len(metrics) == len(values) == 1 else None
+
+    def numbers(self, block: str) -> NDArray[np.float64] | None:
+        """Return the values of lines that contain only plain numbers, shape (lines, columns); None for others."""
+        if self._long is not None or RUN_KEY in self.positions:
+            return None
+        content = block.encode()
+        ends = np.frombuffer(content.translate(None, NUMBER_CHARACTERS + b" "), np.uint8)
+        width = len(self.header)
+        expected = np.array([ord(self.delimiter)] * (width - 1) + [ord("\n")], np.uint8)
+        if len(ends) % width or (ends.reshape(-1, width) != expected).any():
+            return None
+        listed = b",%b," % content[:-1].replace(b"\n", b",").replace(self.delimiter.encode(), b",")
+        if b",," in listed:
+            listed = listed.replace(b",,", b",null,").replace(b",,", b",null,")
+        try:
+            # JSON numbers are a subset of Python's. Only -0 has another value: it is an integer.
+            values = None if b"-0," in listed else np.array(orjson.loads(b"[%b]" % listed[1:-1]), np.float64)
+        except orjson.JSONDecodeError:
+            return None
+        return None if values is None else values.reshape(-1, width)
+
+    def columns_of(self, numbers: NDArray[np.float64]) -> dict[str, Values]:
+        """Return the wanted columns of the numbers of lines, in which NaN is a missing value."""
+        columns: dict[str, Values] = {}
+        for name, position in self.positions.items():
+            column = numbers[:, position]
+            columns[name] = column
+            if np.isnan(column).any():
+                columns[name] = [None if value != value else value for value in column.tolist()]
+        return columns
+
+    def records(self, lines: Iterator[str], line: int) -> Decoded:
+        """Yield the records of lines; ``line`` is the number of the first one."""
+        rows, before = csv.reader(lines, delimiter=self.delimiter, strict=True), line
+        columns = {name: itemgetter(position) for name, position in self.positions.items()}
+        while True:
+            line = before + rows.line_num
+            try:
+                batch = list(islice(rows, _ROWS))
+            except csv.Error as error:
+                raise ValueError(f"line {before + rows.line_num - 1}: {error}") from error
+            if not batch:
+                return
+            are_lines = before + rows.line_num - line == len(batch)
+            if are_lines and {*map(len, batch)} == {len(self.header)} and self.header not in batch:
+                metrics = self._metrics(batch)
+                if metrics is not None and not metrics.keys() & columns.keys():
+                    values = {name: list(map(of, batch)) for name, of in columns.items()} | metrics
+                    yield Batch(len(batch), values, range(line, line + len(batch)))
+                    continue
+            for row in batch:
+                line += 1 + sum(len(_LINE_BREAK.findall(value)) for value in row)
+                if row == self.header:  # a restarted run may write its header again
+                    yield {RESTART_KEY: None}
+                elif row:
+                    yield {LINE_KEY: line - 1, **self._values(row, line - 1, columns)}
+
+    def _metrics(self, rows: Sequence[list[str]]) -> dict[str, list[Any]] | None:
+        """Return the values of each metric of a long table by row; None if there are many metrics."""
+        if self._long is None:
+            return {}
+        name, value = map(itemgetter, self._long)
+        return columns_by_name([text.strip() for text in map(name, rows)], list(map(value, rows)), self.wanted)
+
+    def _values(
+        self, row: list[str], line: int, columns: Mapping[str, Callable[[list[str]], str]]
+    ) -> dict[str, str]:
+        """Return the wanted values of a row."""
+        if len(row) != len(self.header):
+            raise ValueError(f"line {line} has {len(row)} values, but the header has {len(self.header)}")
+        values = {name: of(row) for name, of in columns.items()}
+        if self._long is not None:
+            metric = row[self._long[0]].strip()
+            if metric in values:
+                raise ValueError(f"line {line} has a metric named {shown(metric)}, like a column")
+            values |= {metric: row[self._long[1]]} if self.wanted(metric) else {}
+        return values
 
 
 def holds_json_lines(log: Storage) -> bool:
@@ -223,11 +312,18 @@ def holds_json_lines(log: Storage) -> bool:
         return False
 
 
-def read_json_lines(log: Storage, wanted: Wanted, notes: list[str], *, line_limit: int = LINE_LIMIT) -> Records:
+def read_json_lines(log: Storage, wanted: Wanted, notes: list[str], *, line_limit: int = LINE_LIMIT) -> Decoded:
     """Yield the records of a file with a JSON object on each line. Nested keys are joined by slashes."""
-    for number, line in enumerate(complete_lines(log, notes, _is_json, line_limit), 1):
-        if line.strip():
-            yield {LINE_KEY: number, **_json_object(line, wanted, f"line {number}")}
+    number = 1
+    for block in complete_blocks(log, notes, _is_json, line_limit):
+        lines = block[:-1].split("\n")
+        numbers: Sequence[int] = range(number, number + len(lines))
+        number += len(lines)
+        if not all(map(str.strip, lines)):
+            filled = [line for line in zip(lines, numbers, strict=True) if line[0].strip()]
+            lines, numbers = [line for line, _ in filled], [own for _, own in filled]
+        if lines:
+            yield from json_records(lines, wanted, "line", numbers, are_lines=True)
 
 
 def _is_json(line: str) -> bool:
@@ -238,34 +334,7 @@ def _is_json(line: str) -> bool:
     return True
 
 
-def _json_object(text: str, wanted: Wanted, position: str) -> dict[str, Any]:
-    values = parse_json(text, position)
-    if not isinstance(values, dict):
-        raise ValueError(f"{position} is not a JSON object")
-    if not any(isinstance(value, dict) for value in values.values()):
-        return {key: value for key, value in values.items() if wanted(key)}
-    found: dict[str, Any] = {}
-    for key, value in _flat(values, Budget(len(text))):
-        if wanted(key):
-            if key in found:
-                raise ValueError(f"{position} contains {shown(key)} twice")
-            found[key] = value
-    return found
-
-
-def _flat(values: Mapping[str, Any], budget: Budget) -> Iterator[tuple[str, Any]]:
-    stack = [("", values)]
-    while stack:
-        prefix, level = stack.pop()
-        budget.spend(characters=len(prefix) * len(level))
-        for key, value in level.items():
-            if isinstance(value, dict):
-                stack.append((f"{prefix}{key}/", value))
-            else:
-                yield prefix + key, value
-
-
-def read_parquet(log: Storage, wanted: Wanted, notes: list[str], *, group_limit: int = GROUP_LIMIT) -> Records:
+def read_parquet(log: Storage, wanted: Wanted, notes: list[str], *, group_limit: int = GROUP_LIMIT) -> Decoded:
     """Yield the records of a Parquet file, read with pyarrow (needs the extra ``parquet``)."""
     try:
         from pyarrow import parquet
@@ -285,7 +354,17 @@ def read_parquet(log: Storage, wanted: Wanted, notes: list[str], *, group_limit:
             if not 0 <= metadata.row_group(group).total_byte_size <= group_limit:
                 raise ValueError(f"the uncompressed size of a row group exceeds {group_limit} bytes")
         for batch in file.iter_batches(_BATCH, columns=names) if names else ():
-            yield from batch.to_pylist()
+            columns = zip(batch.schema.names, batch.columns, strict=True)
+            yield Batch(batch.num_rows, {name: _column_values(column, name) for name, column in columns})
+
+
+def _column_values(column: Any, name: str) -> Values:
+    from pyarrow import types
+
+    is_number = types.is_floating(column.type) or types.is_integer(column.type)
+    if is_number and not column.null_count and name != RUN_KEY:
+        return column.to_numpy(zero_copy_only=False).astype(np.float64)  # type: ignore[no-any-return]
+    return column.to_pylist()  # type: ignore[no-any-return]
 
 
 def _same_name(names: Sequence[str]) -> ValueError:
@@ -365,16 +444,26 @@ def table_rows(log: Storage, columns: Set[str], query: str) -> Iterator[Iterator
 
 def _bounded(rows: Iterator[tuple[Any, ...]], limit: int) -> Iterator[tuple[Any, ...]]:
     for row in rows:
-        limit -= sum(len(value) for value in row if isinstance(value, str | bytes))
+        for value in row:
+            if type(value) is str or type(value) is bytes:
+                limit -= len(value)
         if limit < 0:
             raise ValueError("its rows are longer than the database: its pages refer to each other")
         yield row
 
 
-def read_sqlite(log: Storage, wanted: Wanted, notes: list[str]) -> Records:
+def read_sqlite(log: Storage, wanted: Wanted, notes: list[str]) -> Decoded:
     """Yield the records of the trackio database: table ``metrics`` with a JSON object of metrics in each row."""
     query = "SELECT run_name, step, metrics FROM metrics ORDER BY rowid"
+    number = 1
     with table_rows(log, TRACKIO_COLUMNS, query) as rows:
-        for number, (run, step, metrics) in enumerate(rows, 1):
-            text = metrics.decode() if isinstance(metrics, bytes) else str(metrics)
-            yield {"run_name": run, **_json_object(text, wanted, f"row {number}"), "step": step}
+        while batch := list(islice(rows, _ROWS)):
+            runs, steps, metrics = map(list, zip(*batch, strict=True))
+            texts = [text.decode() if isinstance(text, bytes) else str(text) for text in metrics]
+            numbers = range(number, number + len(batch))
+            for index, found in enumerate(json_records(texts, wanted, "row", numbers, are_lines=False)):
+                if isinstance(found, Batch):
+                    yield replace(found, columns={RUN_KEY: runs} | dict(found.columns) | {"step": steps})
+                else:
+                    yield {RUN_KEY: runs[index], **found, "step": steps[index]}
+            number += len(batch)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import math
 import re
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -30,13 +29,14 @@ from natgrad.sources.scalars.columns import (
     label_text,
     number_of,
 )
-from natgrad.sources.scalars.series import Conflict, Series, counts_within_epochs, merged
+from natgrad.sources.scalars.series import Conflict, Series, concatenated, counts_within_epochs, merged
 from natgrad.sources.steps import LoggedStep, NotYet, Unreadable
 from natgrad.storage import NotRegularError, Storage, network_errors
 
 __all__ = ["LINE_KEY", "RESTART_KEY", "RUN_KEY", "Decoder", "Kind", "ScalarLog", "Wanted"]
 
 Wanted = Callable[[str], bool]
+Integers = NDArray[np.int64]
 Decoder = Callable[[Storage, Wanted, list[str]], Decoded]
 """Function of a file, a predicate for wanted keys and a list for notes. Yields records with the wanted keys, or
 batches of them."""
@@ -77,6 +77,9 @@ _LABELS = frozenset(
 _CHOICE = re.compile(r"(.+?)((?:\[[^\[\]=]+=[^\[\]]*\])+)")
 _CHOSEN = re.compile(r"\[([^\[\]=]+)=([^\[\]]*)\]")
 """``KEY[LABEL=VALUE]`` of a mapping: the records in which LABEL has a value."""
+
+_RUNS_LIMIT = 1 << 16
+"""Number of runs whose names are kept."""
 
 _GROUPS_LIMIT = 256
 """Number of groups of records, such as those of ranks, that are compared."""
@@ -260,16 +263,15 @@ class ScalarLog:
             with self._records(file, self._wanted, self._notes) as records:
                 for values in records:
                     if isinstance(values, Batch):
-                        self._add_batch(table, record + 1, values)
+                        self._add_batch(table, record + 1, values, runs)
                         record += values.size
                         continue
                     record += 1
                     run = values.get(RUN_KEY)
-                    if run is not None and len(runs) < 1 << 16:
+                    if run is not None and len(runs) < _RUNS_LIMIT:
                         runs[str(run)] = None
-                    if chosen is not None and run != chosen:
-                        continue
-                    self._add(table, record, values)
+                    if chosen is None or run == chosen:
+                        self._add(table, record, values)
         if (chosen is None and len(runs) > 1) or (chosen is not None and chosen not in runs):
             raise InputError(
                 f"the log contains the runs {', '.join(run[:_SHOWN] for run in list(runs)[:8]) or '(none)'}"
@@ -299,14 +301,22 @@ class ScalarLog:
             if column is not None:
                 column.append(record, value, line)
 
-    def _add_batch(self, table: Table, record: int, batch: Batch) -> None:
+    def _add_batch(self, table: Table, record: int, batch: Batch, runs: dict[str, None]) -> None:
         """Add the values of several records to their columns; ``record`` is the number of the first one."""
-        for key, texts in batch.columns.items():
+        chosen = self._mapping.get("run")
+        found = dict.fromkeys(batch.columns.get(RUN_KEY, [None]))
+        runs.update(dict.fromkeys(str(run) for run in found if run is not None and len(runs) < _RUNS_LIMIT))
+        if chosen is not None and list(found) != [chosen]:
+            for number, one in enumerate(batch.records() if chosen in found else (), record):
+                if one.get(RUN_KEY) == chosen:
+                    self._add(table, number, one)
+            return
+        for key, values in batch.columns.items():
             labels, column = self._columns(table, key)
             if labels is not None:
-                labels.extend(record, texts)
+                labels.extend(record, values)
             if column is not None:
-                column.extend(record, texts, batch.line)
+                column.extend(record, values, batch.lines)
 
     def _columns(self, table: Table, key: str) -> tuple[Labels | None, Column | None]:
         """Return the columns to which the values of a key are added."""
@@ -380,33 +390,27 @@ class ScalarLog:
             for key in dict.fromkeys(key for keys in found.values() for key in keys)
         }
         # A step at which no value is used is logged nevertheless: it is not waited for.
-        numbers: set[int] = set()
-        values: dict[str, dict[int, float]] = {}
+        logged: list[Integers] = []
+        values: dict[str, Series] = {}
         for quantity, keys in found.items():
-            of_keys: dict[int, float] = {}
-            unequal: set[int] = set()
+            of_keys: list[Series] = []
             for key in keys:
                 known, ambiguous = self._values(quantity, key, series, table)
-                numbers.update(known, ambiguous)
-                for step in of_keys.keys() & known.keys():
-                    if of_keys[step] != known[step] and not (math.isnan(of_keys[step]) and math.isnan(known[step])):
-                        unequal.add(step)
-                of_keys = known | of_keys if of_keys else known
-            if unequal:
+                logged += [known.steps, ambiguous]
+                of_keys.append(known)
+            values[quantity], unequal = merged(concatenated(of_keys))
+            if unequal is not None:
                 self._notes.append(
-                    f"{quantity} differs between {', '.join(keys)} at {len(unequal)} steps: no value is used there"
+                    f"{quantity} differs between {', '.join(keys)} at {len(unequal.steps)} steps: no value is used "
+                    "there"
                 )
             if keys and keys != [quantity] and quantity not in self._mapping:
                 self._notes.append(f"{quantity} is read from {', '.join(keys)}")
-            for step in unequal:
-                del of_keys[step]
-            values[quantity] = of_keys
-        all_values = np.concatenate([np.fromiter(own.values(), np.float64) for own in values.values()])
-        if self._kind.single and np.array_equal(all_values.astype(np.float32), all_values, equal_nan=True):
+        if self._kind.single and all(_is_single(own.values) for own in values.values()):
             self._notes.append(_SINGLE_PRECISION)
-        return _Steps(self.location, numbers, values)
+        return _Steps(self.location, _union(logged), values)
 
-    def _numbers(self, key: str, column: Column) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def _numbers(self, key: str, column: Column) -> tuple[Integers, Integers]:
         """Return the record numbers, and the step number of each record."""
         self._require_numbers(key, column)
         values = np.frombuffer(column.values)
@@ -428,10 +432,12 @@ class ScalarLog:
                 remedy="write numbers as 0.5 (not as tensor(0.5) or 0,5), or select another key with --map",
             )
 
-    def _series(self, key: str, column: Column, records: NDArray[np.int64], steps: NDArray[np.int64]) -> Series:
+    def _series(self, key: str, column: Column, records: Integers, steps: Integers) -> Series:
         """Return the values of a key that have a step."""
         self._require_numbers(key, column)
         own_records, values = np.frombuffer(column.records, np.int64), np.frombuffer(column.values)
+        if np.array_equal(own_records, records):
+            return Series(own_records, steps, values)
         indices = np.minimum(np.searchsorted(records, own_records), len(records) - 1)
         known = records[indices] == own_records if len(records) else np.zeros(len(own_records), bool)
         if not known.all():
@@ -440,13 +446,13 @@ class ScalarLog:
 
     def _values(
         self, quantity: str, key: str, all_series: Mapping[str, Series], table: Table
-    ) -> tuple[dict[int, float], set[int]]:
+    ) -> tuple[Series, Integers]:
         """Return the value of a key at each step that was not abandoned, and the steps at which it is ambiguous."""
-        series = self._select(quantity, key, all_series[key], table.labels)
+        series = all_series[key]
         # If every record of the key contains another key as well, the steps of the latter show all restarts.
-        sharing = [s for s in all_series.values() if np.isin(all_series[key].records, s.records).all()]
-        reference = max([all_series[key], *sharing], key=lambda other: len(other.records))
-        reference = self._select(quantity, key, reference, table.labels)
+        sharing = [other for other in all_series.values() if _contains(other.records, series.records)]
+        reference = max([series, *sharing], key=lambda other: len(other.records))
+        series, reference = (self._select(quantity, key, each, table.labels) for each in (series, reference))
         labels = [name for name, column in table.labels.items() if len(np.unique(column.of(series.records))) > 1]
         codes, reference_codes = (
             np.array([table.labels[name].of(s.records) for name in labels]).reshape(len(labels), len(s.records))
@@ -462,17 +468,15 @@ class ScalarLog:
             )
             for group in distinct[:_GROUPS_LIMIT]
         ]
-        all_groups = _concatenated(groups)
-        values, conflict = merged(all_groups)
-        ambiguous = set() if conflict is None else set(conflict.steps.tolist())
+        found, conflict = merged(concatenated(groups))
+        ambiguous = found.steps[:0] if conflict is None else conflict.steps
         # Records of one quantity, such as the learning rate of each rank, agree at the steps that they share.
         agree = conflict is None and len(distinct) <= _GROUPS_LIMIT
-        agree = agree and sum(len(np.unique(group.steps)) for group in groups if labels) > len(values) + len(
-            ambiguous
-        )
+        shared = sum(len(np.unique(group.steps)) for group in groups if labels) - len(ambiguous)
+        agree = agree and shared > len(found.steps)
         if labels and not agree:
             self._notes.append(self._differing(quantity, key, labels, table.labels, groups, conflict))
-            values, ambiguous = {}, ambiguous.union(values)
+            found, ambiguous = found.where(np.zeros(len(found.steps), bool)), _union([found.steps, ambiguous])
         elif conflict is not None:
             self._notes.append(
                 f"{key} has different values at {len(conflict.steps)} steps, {conflict.first[1]!r} and "
@@ -481,12 +485,12 @@ class ScalarLog:
             )
         shift = self._shift.get(quantity, 0)
         if not shift:
-            return values, ambiguous
-        negative = sum(step + shift < 0 for steps in (values, ambiguous) for step in steps)
+            return found, ambiguous
+        found, ambiguous = replace(found, steps=found.steps + shift), ambiguous + shift
+        negative = int((found.steps < 0).sum() + (ambiguous < 0).sum())
         if negative:
             self._notes.append(f"{negative} records of {key} are omitted: their shifted steps are negative")
-        shifted = {step + shift: value for step, value in values.items() if step + shift >= 0}
-        return shifted, {step + shift for step in ambiguous if step + shift >= 0}
+        return found.where(found.steps >= 0), ambiguous[ambiguous >= 0]
 
     def _select(self, quantity: str, key: str, series: Series, labels: Mapping[str, Labels]) -> Series:
         """Return the records of a key that the mapping selects."""
@@ -572,40 +576,70 @@ class ScalarLog:
         )
 
 
-def _concatenated(groups: Sequence[Series]) -> Series:
-    empty = Series(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
-    parts = [empty, *groups]
-    return Series(
-        np.concatenate([part.records for part in parts]),
-        np.concatenate([part.steps for part in parts]),
-        np.concatenate([part.values for part in parts]),
-    )
+def _union(parts: Sequence[Integers]) -> Integers:
+    """Return the different elements of arrays, sorted."""
+    different: list[Integers] = []
+    for part in parts:
+        # Most quantities have the same steps, and sorting them takes longer than comparing them.
+        if len(part) and not any(np.array_equal(part, other) for other in different[-1:]):
+            different.append(part)
+    # A stable sort merges sorted parts, which is faster than the hash table of np.unique.
+    found = np.sort(np.concatenate([np.zeros(0, np.int64), *different]), kind="stable")
+    return found[np.diff(found, prepend=-1) > 0]
+
+
+def _is_single(values: NDArray[np.float64]) -> bool:
+    """Return True if numbers have single precision."""
+    with np.errstate(over="ignore"):
+        return np.array_equal(values.astype(np.float32), values, equal_nan=True)
+
+
+def _contains(records: Integers, others: Integers) -> bool:
+    """Return True if all elements of one array are in another one."""
+    return np.array_equal(records, others) or bool(np.isin(others, records).all())
 
 
 class _Steps(Mapping[int, LoggedStep]):
-    """The steps of a log of scalars, and the values of each quantity by step."""
+    """The steps of a log of scalars, and the values of each quantity by step.
 
-    def __init__(self, location: Storage, numbers: Set[int], values: Mapping[str, Mapping[int, float]]) -> None:
-        self._location, self._numbers, self._values = location, numbers, values
+    A run may log millions of steps: they are kept in arrays.
+    """
+
+    def __init__(self, location: Storage, numbers: Integers, values: Mapping[str, Series]) -> None:
+        self._location, self._numbers = location, numbers
+        self._values = values
 
     def scalars(self, number: int) -> dict[str, float]:
         """Return the scalars of a step."""
-        return {quantity: own[number] for quantity, own in self._values.items() if number in own}
+        found = {}
+        for quantity, own in self._values.items():
+            index = _find(own.steps, number)
+            if index is not None:
+                found[quantity] = float(own.values[index])
+        return found
 
     def __getitem__(self, number: int) -> LoggedStep:
-        if number not in self._numbers:
+        if number not in self:
             raise KeyError(number)
         values = " ".join(f"{name}={value!r}" for name, value in sorted(self.scalars(number).items()))
         return LoggedStep(number, self._location, values=values)
 
     def __contains__(self, number: object) -> bool:
-        return number in self._numbers
+        return isinstance(number, int) and _find(self._numbers, number) is not None
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self._numbers)
+        return iter(self._numbers.tolist())
 
     def __len__(self) -> int:
         return len(self._numbers)
+
+
+def _find(steps: Integers, step: int) -> int | None:
+    """Return the index of a number in increasing ones, or None."""
+    if not 0 <= step < _EXACT:
+        return None
+    index = int(np.searchsorted(steps, step))
+    return index if index < len(steps) and steps[index] == step else None
 
 
 class _Scalars:

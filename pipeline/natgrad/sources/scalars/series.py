@@ -5,12 +5,13 @@ All functions work on the records of one key in the order in which they were wri
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Conflict", "Restarts", "Series", "counts_within_epochs", "merged"]
+__all__ = ["Conflict", "Restarts", "Series", "concatenated", "counts_within_epochs", "merged"]
 
 Integers = NDArray[np.int64]
 _NEVER = np.iinfo(np.int64).max
@@ -34,7 +35,7 @@ class Series:
 
     def where(self, mask: NDArray[np.bool_]) -> Series:
         """Return the values that a mask selects."""
-        return Series(self.records[mask], self.steps[mask], self.values[mask])
+        return self if mask.all() else Series(self.records[mask], self.steps[mask], self.values[mask])
 
 
 @dataclass
@@ -59,10 +60,12 @@ class Restarts:
         An equal step is a restart only if another writer logged it.
         """
         changes = np.diff(series.steps)
-        bounds = np.array(self.boundaries, np.int64)
-        writers = np.diff(np.searchsorted(bounds, series.records, side="right"))
-        found: Integers = 1 + np.flatnonzero((changes < 0) | ((changes == 0) & (writers > 0)))
-        return found
+        falls = changes < 0
+        equal = np.flatnonzero(changes == 0)
+        pairs = np.array([series.records[equal], series.records[equal + 1]])
+        writers = np.searchsorted(np.array(self.boundaries, np.int64), pairs, side="right")
+        falls[equal] = writers[1] > writers[0]
+        return 1 + np.flatnonzero(falls)
 
     def current(self, series: Series, reference: Series) -> NDArray[np.bool_]:
         """Return True for each value that no later restart abandoned, shape (n,).
@@ -74,6 +77,8 @@ class Restarts:
             Values whose steps show the restarts: the same ones, or others of the same records.
         """
         falls = self.falls(reference)
+        if not len(falls) and not self.marks:
+            return np.ones(len(series.steps), bool)
         records = np.array([record for record, _ in self.marks], np.int64)
         steps = np.array([step for _, step in self.marks], np.int64)
         records = np.concatenate([records, reference.records[falls]])
@@ -127,27 +132,42 @@ class Conflict:
     second: tuple[int, float]
 
 
-def merged(series: Series) -> tuple[dict[int, float], Conflict | None]:
-    """Return the value of each step. Equal values of a step are one value; different ones are a conflict.
+def merged(series: Series) -> tuple[Series, Conflict | None]:
+    """Return the value of each step, by increasing step.
+
+    Equal values of a step are one value; different ones are a conflict.
 
     Examples
     --------
     >>> import numpy as np
-    >>> values, conflict = merged(Series(np.arange(4), np.array([0, 0, 1, 1]), np.array([5.0, 5.0, 4.0, 3.0])))
-    >>> values, conflict.steps.tolist()
-    ({0: 5.0}, [1])
+    >>> found, conflict = merged(Series(np.arange(4), np.array([0, 0, 1, 1]), np.array([5.0, 5.0, 4.0, 3.0])))
+    >>> found.steps.tolist(), found.values.tolist(), conflict.steps.tolist()
+    ([0], [5.0], [1])
     """
     if (np.diff(series.steps) > 0).all():
-        return dict(zip(series.steps.tolist(), series.values.tolist(), strict=True)), None
+        return series, None
     steps, first, inverse = np.unique(series.steps, return_index=True, return_inverse=True)
     expected = series.values[first][inverse]
     differ = (series.values != expected) & ~(np.isnan(series.values) & np.isnan(expected))
     unequal = np.zeros(len(steps), bool)
     unequal[inverse[differ]] = True
-    values = dict(zip(steps[~unequal].tolist(), series.values[first][~unequal].tolist(), strict=True))
+    found = Series(series.records[first], steps, series.values[first]).where(~unequal)
     if not unequal.any():
-        return values, None
+        return found, None
     one = first[np.flatnonzero(unequal)[0]]
     other = np.flatnonzero(differ & (series.steps == series.steps[one]))[0]
     pair = [(int(series.records[index]), float(series.values[index])) for index in (one, other)]
-    return values, Conflict(steps[unequal], *pair)
+    return found, Conflict(steps[unequal], *pair)
+
+
+def concatenated(parts: Sequence[Series]) -> Series:
+    """Return the values of several series, one after another."""
+    if len(parts) == 1:
+        return parts[0]
+    empty = Series(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
+    parts = [empty, *parts]
+    return Series(
+        np.concatenate([part.records for part in parts]),
+        np.concatenate([part.steps for part in parts]),
+        np.concatenate([part.values for part in parts]),
+    )

@@ -6,15 +6,18 @@ The form is a pattern like ``iter {step}: loss {loss}``, or the name of a known 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
+
+import numpy as np
 
 from natgrad.schema.errors import InputError
 from natgrad.schema.names import SCALARS
 from natgrad.sources.bounds import shown
-from natgrad.sources.scalars.record_files import COMPRESSED, complete_lines, open_text
+from natgrad.sources.scalars.columns import Batch, Decoded, each_record
+from natgrad.sources.scalars.record_files import COMPRESSED, complete_blocks, open_text
 from natgrad.sources.scalars.scalar_log import LINE_KEY, Decoder, Kind, Wanted
 from natgrad.sources.scalars.update_records import UNKNOWN_VERSION, at_states
 from natgrad.storage import Storage
@@ -39,6 +42,8 @@ _NUMBER = (
 _WORD = r"(?<!\S)([^\s,;|]++)"
 _ITEM = re.compile(r"""['"]([^'"]{1,256})['"]\s*:\s*('[^']*'|"[^"]*"|[^,{}'"\[\]]+)""")
 _ITERATION = re.compile(r"(?<!\w)iteration ([0-9]+) ?/ ?[0-9]+")
+_SPACES = ("  ", " \n", "\n ", *"\t\v\f\x1c\x1d\x1e\x1f")
+"""ASCII space that is not a single one between words."""
 _PAIR = re.compile(r" ?([A-Za-z][\w ()/-]*?) ?: ?(\S+) ?")
 
 Found = Mapping[str, Any]
@@ -65,36 +70,70 @@ class LineForm:
     records: Callable[[Iterator[Found], str, list[str]], Iterator[Found]] | None = None
 
 
-def _pattern(pattern: str) -> Callable[[str], Found | None]:
-    """Return the function that parses lines with a pattern.
+class _Pattern:
+    """Function that parses lines with a pattern.
 
     Raises
     ------
     ValueError
         If the pattern is not valid.
     """
-    parts = re.split(r"\{([^{}]*)\}", " ".join(pattern.split()))
-    texts, fields = parts[::2], parts[1::2]
-    if not fields or len(set(fields)) < len(fields) or not all(fields) or any(c in t for t in texts for c in "{}"):
-        raise ValueError(
-            "it must contain fields with different names, such as {step} and {loss}, and no other braces"
-        )
-    if any(not text for text in texts[1:-1]):
-        raise ValueError("there must be text between two fields")
-    groups = [_NUMBER if field in _NUMBERS else _WORD for field in fields]
-    # A field is delimited by itself where it touches a word.
-    expression = re.compile(
-        "".join(re.escape(text) + group for text, group in zip(texts, groups, strict=False)) + re.escape(texts[-1]),
-        re.IGNORECASE,
-    )
 
-    def parse(line: str) -> Found | None:
-        matches = list(islice(expression.finditer(line), 2))
+    def __init__(self, pattern: str) -> None:
+        parts = re.split(r"\{([^{}]*)\}", " ".join(pattern.split()))
+        texts, fields = parts[::2], parts[1::2]
+        if (
+            not fields
+            or len(set(fields)) < len(fields)
+            or not all(fields)
+            or any(c in t for t in texts for c in "{}")
+        ):
+            raise ValueError(
+                "it must contain fields with different names, such as {step} and {loss}, and no other braces"
+            )
+        if any(not text for text in texts[1:-1]):
+            raise ValueError("there must be text between two fields")
+        self._fields = fields
+        self._expression = self._compiled(texts, re.IGNORECASE)
+        # Without the flag, the text before the first field is searched for much faster.
+        self._lower = self._compiled([text.lower() for text in texts]) if _NUMBERS.issuperset(fields) else None
+
+    def _compiled(self, texts: Sequence[str], flags: re.RegexFlag = re.NOFLAG) -> re.Pattern[str]:
+        groups = [_NUMBER if field in _NUMBERS else _WORD for field in self._fields]
+        # A field is delimited by itself where it touches a word.
+        parts = (re.escape(text) + group for text, group in zip(texts, groups, strict=False))
+        return re.compile("".join(parts) + re.escape(texts[-1]), flags)
+
+    def __call__(self, line: str) -> Found | None:
+        """Return the values of a line; see `LineForm.parse`."""
+        matches = list(islice(self._expression.finditer(line), 2))
         if len(matches) > 1:
             raise ValueError(f"matches the pattern twice: {shown(line)}")
-        return dict(zip(fields, matches[0].groups(), strict=True)) if matches else None
+        return dict(zip(self._fields, matches[0].groups(), strict=True)) if matches else None
 
-    return parse
+    def batch(self, block: str, number: int) -> Batch | None:
+        """Return the values of several lines; None if they must be parsed one by one.
+
+        Parameters
+        ----------
+        block : str
+            Lines with newline characters.
+        number : int
+            Number of the first line.
+        """
+        ends = np.flatnonzero(np.frombuffer(block.encode(), np.uint8) == ord("\n"))
+        if not block.isascii() or np.diff(ends, prepend=-1).max() > _LINE_LIMIT:
+            return None
+        if block.startswith(" ") or any(space in block for space in _SPACES):
+            block = "".join(f"{' '.join(line.split())}\n" for line in block[:-1].split("\n"))
+            ends = np.flatnonzero(np.frombuffer(block.encode(), np.uint8) == ord("\n"))
+        expression, block = (self._expression, block) if self._lower is None else (self._lower, block.lower())
+        matches = list(expression.finditer(block))
+        lines = number + np.searchsorted(ends, [match.start() for match in matches])
+        if (np.diff(lines) == 0).any():
+            return None
+        columns = list(zip(*(match.groups() for match in matches), strict=True)) or [()] * len(self._fields)
+        return Batch(len(matches), dict(zip(self._fields, columns, strict=True)), lines.tolist())
 
 
 def _dictionary(line: str) -> Found | None:
@@ -141,7 +180,7 @@ def _with_step(found: Iterator[Found], step: str) -> Iterator[Found]:
 
 
 LINE_FORMS: dict[str, LineForm] = {
-    "nanogpt": LineForm("iter 10: loss 3.2, time 12.00ms, mfu 5.00%", _pattern("iter {step}: loss {loss}")),
+    "nanogpt": LineForm("iter 10: loss 3.2, time 12.00ms, mfu 5.00%", _Pattern("iter {step}: loss {loss}")),
     "megatron": LineForm(
         "iteration 10/ 100 | learning rate: 1.0E-04 | lm loss: 2.3E+00 |", _megatron, _megatron_records
     ),
@@ -191,7 +230,7 @@ def _of_line(line: str, step: str) -> Decoder:
     form = LINE_FORMS.get(line)
     if form is None:
         try:
-            form = LineForm(line, _pattern(line))
+            form = LineForm(line, _Pattern(line))
         except ValueError as error:
             raise InputError(
                 f"{line!r} is not a form of lines: {error}",
@@ -201,29 +240,46 @@ def _of_line(line: str, step: str) -> Decoder:
             ) from error
     records = form.records
 
-    def decode(log: Storage, wanted: Wanted, notes: list[str]) -> Iterator[Found]:
+    def decode(log: Storage, wanted: Wanted, notes: list[str]) -> Decoded:
         found = _matching(log, form, notes)
-        yield from (
-            ({**v, COUNT: n} for n, v in enumerate(found, 1)) if records is None else records(found, step, notes)
-        )
+        yield from _counted(found) if records is None else records(each_record(found), step, notes)
         notes.append(_PRINTED)
 
     return decode
 
 
-def _matching(log: Storage, form: LineForm, notes: list[str]) -> Iterator[Found]:
+def _counted(found: Decoded) -> Decoded:
+    """Yield records with their number, counted from 1."""
+    number = 1
+    for values in found:
+        if isinstance(values, Batch):
+            counts = range(number, number + values.size)
+            yield replace(values, columns={**values.columns, COUNT: counts})
+            number += values.size
+        else:
+            yield {**values, COUNT: number}
+            number += 1
+
+
+def _matching(log: Storage, form: LineForm, notes: list[str]) -> Decoded:
     """Yield the values of the lines of a form."""
-    matched = 0
-    for number, line in enumerate(complete_lines(log, notes, lambda line: form.parse(line) is not None), 1):
-        if len(line) > _LINE_LIMIT:
+    matched, number = 0, 1
+    for block in complete_blocks(log, notes, lambda line: form.parse(line) is not None):
+        batch = form.parse.batch(block, number) if isinstance(form.parse, _Pattern) else None
+        if batch is not None:
+            matched += batch.size
+            number += block.count("\n")
+            yield batch
             continue
-        try:
-            found = form.parse(" ".join(line.split()))
-        except ValueError as error:
-            raise ValueError(f"line {number} {error}") from error
-        if found is not None:
-            matched += 1
-            yield {**found, LINE_KEY: number}
+        for line in block[:-1].split("\n"):
+            try:
+                found = form.parse(" ".join(line.split())) if len(line) <= _LINE_LIMIT else None
+            except ValueError as error:
+                raise ValueError(f"line {number} {error}") from error
+            if found is not None:
+                matched += 1
+                yield {**found, LINE_KEY: number}
+            number += 1
     if not matched:
         raise InputError(
             "no line has the stated form",
