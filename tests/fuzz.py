@@ -261,6 +261,23 @@ def wandb(folder):
     return folder / "run-1.wandb"
 
 
+def text(folder):
+    """Write a text log with lines of two forms, and the run file that states them."""
+    from logs import write_log
+
+    (folder / "log").mkdir()
+    pair = "iter {step}: loss {loss}, time 9ms\n{{'step': {step}, 'lr': 0.1}}\n"
+    lines = "".join(pair.format(step=step, loss=1.0 / (step + 1)) for step in range(9))
+    (folder / "log" / "train.log").write_text(lines)
+    write_log(folder / "tensors", states())
+    (folder / "run.toml").write_text(
+        '[[source]]\npath = "tensors"\n'
+        '[[source]]\npath = "log/train.log"\nmap = { line = "nanogpt", loss = "loss" }\n'
+        '[[source]]\npath = "log/train.log"\nmap = { line = "dictionary", learning_rate = "lr" }\n'
+    )
+    return [folder / "run.toml"]
+
+
 PARSERS = {
     "safetensors": native,
     "safetensors, index": of_formats("safetensors, sharded"),
@@ -294,6 +311,7 @@ PARSERS = {
     "csv, long": of_scalars("long csv"),
     "tensorboard": with_scalars(tensorboard),
     "wandb": with_scalars(wandb),
+    "text": text,
 }
 """Parser to a function that writes a log into a folder and returns its SOURCEs. Files below ``log`` are damaged."""
 

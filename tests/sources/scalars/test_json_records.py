@@ -6,9 +6,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from natgrad.sources.scalars.columns import LINE_KEY, Batch, each_record
+from natgrad.sources.scalars.columns import LINE_KEY, RUN_KEY, Batch, each_record
 from natgrad.sources.scalars.json_records import json_object, json_records
-from natgrad.sources.scalars.scalar_log import RUN_KEY
 
 keys = st.sampled_from(["step", "loss", "a", "b", "a/b", "x:", '"', '":', " :", "\\", "é", "\ud800", RUN_KEY])
 numbers = st.one_of(

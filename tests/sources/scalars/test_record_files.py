@@ -7,9 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from natgrad.sources.scalars.columns import LINE_KEY, each_record, number_of
+from natgrad.sources.scalars.columns import LINE_KEY, RESTART_KEY, each_record, number_of
 from natgrad.sources.scalars.record_files import complete_lines, read_csv
-from natgrad.sources.scalars.scalar_log import RESTART_KEY
 from natgrad.storage import LocalStorage
 
 HEADER = ["step", "loss", "note"]

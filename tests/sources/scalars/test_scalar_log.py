@@ -26,10 +26,10 @@ from natgrad.sources.formats import FORMATS
 from natgrad.sources.names import parse_map
 from natgrad.sources.opening import format_of
 from natgrad.sources.scalars import event_file
-from natgrad.sources.scalars.columns import each_record
+from natgrad.sources.scalars.columns import LINE_KEY, each_record
 from natgrad.sources.scalars.event_file import read_events
 from natgrad.sources.scalars.record_files import open_text, read_csv, read_json_lines, read_parquet
-from natgrad.sources.scalars.scalar_log import LINE_KEY, ScalarLog
+from natgrad.sources.scalars.scalar_log import ScalarLog
 from natgrad.sources.steps import NotYet
 from natgrad.storage import open_storage
 from natgrad.store import open_trajectory

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from itertools import compress
+from itertools import chain, compress
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,8 @@ from natgrad.sources.scalars.series import Restarts
 __all__ = [
     "LABELS_LIMIT",
     "LINE_KEY",
+    "RESTART_KEY",
+    "RUN_KEY",
     "Batch",
     "Column",
     "Decoded",
@@ -23,7 +27,9 @@ __all__ = [
     "Table",
     "Values",
     "columns_by_name",
+    "columns_of",
     "each_record",
+    "in_batches",
     "label_text",
     "number_of",
     "spread",
@@ -34,7 +40,12 @@ LABELS_LIMIT = 1 << 16
 """Maximum number of different values of a label."""
 
 
-_NAMES_TOGETHER = 8
+RUN_KEY = "run_name"
+"""Key for the name of the run of a record, in logs that contain several runs."""
+
+RESTART_KEY = "\0restart"
+"""Key of a record in which a writer marks its start: at a step, before which earlier writers are valid, or at an
+unknown step (None)."""
 
 LINE_KEY = "\0line"
 """Key for the number of the line of a record in a text file, for messages."""
@@ -44,9 +55,13 @@ Values = Sequence[Any] | NDArray[np.float64]
 """Values of a key in consecutive records. None is missing."""
 
 
+_NAMES_TOGETHER, _GROUP = 8, 512
+"""Keys of a long table up to which its rows become one batch, and number of other records in a batch."""
+
+
 @dataclass(frozen=True)
 class Batch:
-    """Consecutive records. Adding many values to a column at once is faster.
+    """Consecutive records. Adding many values to a column together is faster.
 
     Attributes
     ----------
@@ -81,6 +96,43 @@ def each_record(records: Decoded) -> Iterator[Mapping[str, Any]]:
             yield from values.records()
         else:
             yield values
+
+
+def columns_of(records: Sequence[Mapping[str, Any]], most: int) -> dict[str, list[Any]] | None:
+    """Return the values of records by key; None if there are more than ``most``, with those that are missing."""
+    keys = records[0].keys()
+    if set(map(len, records)) == {len(keys)} and len(keys) * len(records) <= most:
+        with suppress(KeyError):  # if no key is missing, there are no others
+            return {key: list(map(itemgetter(key), records)) for key in keys}
+    union = dict.fromkeys(chain.from_iterable(records))
+    if len(union) * len(records) > most:
+        return None
+    return {key: [each.get(key) for each in records] for key in union}
+
+
+def in_batches(records: Decoded) -> Decoded:
+    """Yield records in batches, except those for which columns with missing values would be too large."""
+    group: list[Mapping[str, Any]] = []
+    for values in records:
+        if isinstance(values, Batch) or RESTART_KEY in values:
+            yield from _together(group)
+            group = []
+            yield values
+            continue
+        group.append(values)
+        if len(group) == _GROUP:
+            yield from _together(group)
+            group = []
+    yield from _together(group)
+
+
+def _together(records: Sequence[Mapping[str, Any]]) -> Decoded:
+    columns = columns_of(records, 2 * sum(map(len, records))) if len(records) > 1 else None
+    if columns is None or not {str, type(None)}.issuperset(map(type, columns.get(RUN_KEY, ()))):
+        yield from records
+        return
+    lines = columns.pop(LINE_KEY, None)
+    yield Batch(len(records), columns, lines)
 
 
 def columns_by_name(

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from crc32c import crc32c
 
-from natgrad.sources.scalars.columns import Batch, Decoded, Values, spread, with_column
+from natgrad.sources.scalars.columns import RESTART_KEY, RUN_KEY, Batch, Decoded, Values, spread, with_column
 from natgrad.sources.scalars.protocol_buffer import (
     BYTES,
     FIXED32,
@@ -24,7 +24,6 @@ from natgrad.sources.scalars.protocol_buffer import (
     fields_of_all,
     in_groups,
 )
-from natgrad.sources.scalars.scalar_log import RESTART_KEY, RUN_KEY
 from natgrad.storage import NotRegularError, Storage
 
 __all__ = ["event_files", "read_events", "read_run_events"]

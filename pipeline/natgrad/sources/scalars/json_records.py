@@ -9,16 +9,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from itertools import chain
-from operator import itemgetter
 from typing import Any, cast
 
 import orjson
 
 from natgrad.sources.bounds import OPERATIONS, Budget, parse_json, shown
-from natgrad.sources.scalars.columns import LINE_KEY, Batch, Decoded
-from natgrad.sources.scalars.scalar_log import RUN_KEY
+from natgrad.sources.scalars.columns import LINE_KEY, RUN_KEY, Batch, Decoded, columns_of
 
 __all__ = ["NUMBER_CHARACTERS", "json_numbers", "json_object", "json_records"]
 
@@ -90,7 +86,7 @@ def _columns(texts: Sequence[str], wanted: Callable[[str], bool]) -> dict[str, l
     while levels:
         prefix, level = levels.pop()
         left -= sum(map(len, level))
-        values_of = _cells(level, cells)
+        values_of = columns_of(level, cells)
         if values_of is None:
             return None
         cells -= len(values_of) * len(level)
@@ -105,18 +101,6 @@ def _columns(texts: Sequence[str], wanted: Callable[[str], bool]) -> dict[str, l
                     return None
                 columns[name] = values
     return columns if not left else None
-
-
-def _cells(objects: Sequence[dict[str, Any]], most: int) -> dict[str, list[Any]] | None:
-    """Return the values of objects by key; None if there are more than ``most``, with those that are missing."""
-    keys = objects[0].keys()
-    if set(map(len, objects)) == {len(keys)} and len(keys) * len(objects) <= most:
-        with suppress(KeyError):  # if no key is missing, there are no others
-            return {key: list(map(itemgetter(key), objects)) for key in keys}
-    union = dict.fromkeys(chain.from_iterable(objects))
-    if len(union) * len(objects) > most:
-        return None
-    return {key: [each.get(key) for each in objects] for key in union}
 
 
 def json_numbers(texts: Sequence[bytes]) -> list[float] | None:

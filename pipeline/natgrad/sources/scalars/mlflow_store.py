@@ -10,9 +10,8 @@ import math
 from itertools import islice
 from typing import Any
 
-from natgrad.sources.scalars.columns import Batch, Decoded, columns_by_name
+from natgrad.sources.scalars.columns import RUN_KEY, Batch, Decoded, columns_by_name
 from natgrad.sources.scalars.record_files import Wanted, complete_blocks, table_rows
-from natgrad.sources.scalars.scalar_log import RUN_KEY
 from natgrad.storage import Storage
 
 __all__ = ["DATABASE_COLUMNS", "metric_files", "read_database", "read_metric_file"]

@@ -27,9 +27,8 @@ from numpy.typing import NDArray
 from natgrad.schema.errors import InputError
 from natgrad.sources.bounds import Budget, parse_json, shown
 from natgrad.sources.changes import change_time, changed_lately
-from natgrad.sources.scalars.columns import LINE_KEY, Batch, Decoded, Values, columns_by_name
+from natgrad.sources.scalars.columns import LINE_KEY, RESTART_KEY, RUN_KEY, Batch, Decoded, Values, columns_by_name
 from natgrad.sources.scalars.json_records import NUMBER_CHARACTERS, json_records
-from natgrad.sources.scalars.scalar_log import RESTART_KEY, RUN_KEY
 from natgrad.sources.steps import local_file
 from natgrad.storage import NotRegularError, Storage, StoredFile, require_regular
 

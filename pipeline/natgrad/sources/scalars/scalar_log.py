@@ -20,12 +20,15 @@ from natgrad.sources.container import READ_ERRORS, not_regular, reason_of
 from natgrad.sources.names import SCALAR_LOG_QUANTITIES
 from natgrad.sources.scalars.columns import (
     LINE_KEY,
+    RESTART_KEY,
+    RUN_KEY,
     Batch,
     Column,
     Decoded,
     Labels,
     Table,
     each_record,
+    in_batches,
     label_text,
     number_of,
 )
@@ -33,20 +36,13 @@ from natgrad.sources.scalars.series import Conflict, Series, concatenated, count
 from natgrad.sources.steps import LoggedStep, NotYet, Unreadable
 from natgrad.storage import NotRegularError, Storage, network_errors
 
-__all__ = ["LINE_KEY", "RESTART_KEY", "RUN_KEY", "Decoder", "Kind", "ScalarLog", "Wanted"]
+__all__ = ["Decoder", "Kind", "ScalarLog", "Wanted"]
 
 Wanted = Callable[[str], bool]
 Integers = NDArray[np.int64]
 Decoder = Callable[[Storage, Wanted, list[str]], Decoded]
 """Function of a file, a predicate for wanted keys and a list for notes. Yields records with the wanted keys, or
 batches of them."""
-
-RUN_KEY = "run_name"
-"""Key for the name of the run of a record, in logs that contain several runs."""
-
-RESTART_KEY = "\0restart"
-"""Key of a record in which a writer marks its start: at a step, before which earlier writers are valid, or at an
-unknown step (None)."""
 
 _STEP = (
     "trainer global step",
@@ -261,7 +257,7 @@ class ScalarLog:
         for file in self._files():
             table.restarts.boundaries.append(record + 1)
             with self._records(file, self._wanted, self._notes) as records:
-                for values in records:
+                for values in in_batches(records):
                     if isinstance(values, Batch):
                         self._add_batch(table, record + 1, values, runs)
                         record += values.size

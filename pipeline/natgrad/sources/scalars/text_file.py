@@ -16,9 +16,9 @@ import numpy as np
 from natgrad.schema.errors import InputError
 from natgrad.schema.names import SCALARS
 from natgrad.sources.bounds import shown
-from natgrad.sources.scalars.columns import Batch, Decoded, each_record
+from natgrad.sources.scalars.columns import LINE_KEY, Batch, Decoded, each_record
 from natgrad.sources.scalars.record_files import COMPRESSED, complete_blocks, open_text
-from natgrad.sources.scalars.scalar_log import LINE_KEY, Decoder, Kind, Wanted
+from natgrad.sources.scalars.scalar_log import Decoder, Kind, Wanted
 from natgrad.sources.scalars.update_records import UNKNOWN_VERSION, at_states
 from natgrad.storage import Storage
 

@@ -18,10 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from natgrad.sources.bounds import parse_json, shown
-from natgrad.sources.scalars.columns import Batch, Decoded, Values, spread, with_column
+from natgrad.sources.scalars.columns import RUN_KEY, Batch, Decoded, Values, spread, with_column
 from natgrad.sources.scalars.json_records import json_numbers
 from natgrad.sources.scalars.protocol_buffer import BYTES, FIXED64, VARINT, Fields, fields, fields_of_all, in_groups
-from natgrad.sources.scalars.scalar_log import RUN_KEY
 from natgrad.storage import NotRegularError, Storage
 
 __all__ = ["WANDB_START", "read_wandb", "read_wandb_run", "wandb_files"]
