@@ -8,6 +8,7 @@ Annotations are not changed: they are not evaluated.
 ``mutants.toml`` lists mutations that are always tested, and mutants that no test can detect, with the reason.
 
     python tests/mutate.py --mutants 200 --seed 0
+    python tests/mutate.py --mutants 1 --seed 0 --first 17          # number 17 of the same sample
 
 Exits with 1 if a listed mutation is not detected, or if more than 10 % of the drawn mutants survive.
 """
@@ -54,38 +55,28 @@ KINDS = (
 )
 """Operators that replace each other."""
 
-TESTS = {
+PACKAGES = "results", "theory"
+FURTHER = {
     "results.blocks": ["results/test_building"],
-    "results.building": ["results/test_building"],
-    "results.dataset": ["results/test_dataset", "results/test_variables"],
-    "results.inputs": ["results/test_inputs", "results/test_dataset"],
-    "results.objective": ["results/test_objective", "results/test_dataset"],
-    "results.pairs": ["results/test_pairs", "results/test_dataset"],
+    "results.inputs": ["results/test_dataset"],
+    "results.objective": ["results/test_dataset"],
+    "results.pairs": ["results/test_dataset"],
     "results.recovery": ["ingestion/test_recovered_gradients", "results/test_variables"],
-    "results.replicates": ["results/test_replicates"],
     "results.sizes": ["results/test_building"],
-    "results.stored": ["results/test_stored"],
-    "results.summary": ["results/test_summary"],
     "results.updates": ["results/test_variables", "results/test_pairs", "results/test_dataset"],
-    "results.variables": ["results/test_variables", "results/test_pairs", "results/test_dataset"],
-    "theory.discrete_gradients": ["theory/test_discrete_gradients"],
-    "theory.discrete_time": [
-        "theory/test_discrete_time",
-        "theory/test_geometry",
-        "results/test_dataset",
-        "theory/test_theory",
-    ],
-    "theory.geometry": ["theory/test_geometry", "results/test_pairs", "theory/test_theory", "results/test_dataset"],
-    "theory.metric_operators": ["theory/test_metric_operators", "theory/test_theory"],
-    "theory.preconditioners": ["theory/test_preconditioners"],
+    "results.dataset": ["results/test_variables"],
+    "results.variables": ["results/test_pairs", "results/test_dataset"],
+    "theory.discrete_time": ["theory/test_geometry", "results/test_dataset", "theory/test_theory"],
+    "theory.geometry": ["results/test_pairs", "theory/test_theory", "results/test_dataset"],
+    "theory.metric_operators": ["theory/test_theory"],
     "theory.symmetric_operators": [
         "theory/test_metric_operators",
         "theory/test_preconditioners",
         "theory/test_theory",
     ],
-    "theory.windows": ["theory/test_windows", "results/test_dataset"],
+    "theory.windows": ["results/test_dataset"],
 }
-"""The tests that must detect the mutants of each module, in the order in which they run."""
+"""Tests that must detect the mutants of a module in addition to its own, in the order in which they run."""
 
 SLOW = ("kernel_and_formulas", "poor_sample", "xarray_alone", "each_tensor_has_its_own")
 """Parts of the names of tests that take seconds and detect no additional mutants."""
@@ -103,6 +94,22 @@ class Mutant:
 
     def __str__(self):
         return f"{self.module}, {self.where}:\n    - {self.before}\n    + {self.after}"
+
+
+def modules():
+    """Return the names of the modules of theory and results."""
+    found = [path for package in PACKAGES for path in sorted(path_of(f"{package}.*").parent.glob("*.py"))]
+    return [f"{path.parent.name}.{path.stem}" for path in found if path.stem != "__init__"]
+
+
+def tests_of(module):
+    """Return the tests that must detect the mutants of a module: those that mirror it, and further ones."""
+    package, name = module.split(".")
+    mirror = f"{package}/test_{name}"
+    found = [mirror] if (ROOT / "tests" / f"{mirror}.py").is_file() else []
+    found += FURTHER.get(module, [])
+    assert found, f"no tests of {module}: add tests/{mirror}.py, or list other tests in FURTHER"
+    return found
 
 
 def path_of(module):
@@ -190,10 +197,10 @@ def _scope(tree, line):
     return ".".join(names) or "module"
 
 
-def sample(count, seed, modules):
+def sample(count, seed, chosen):
     """Draw places, and an operator for each. A smaller sample is a prefix of a larger one."""
     drawn = random.Random(seed)
-    every = [(module, operators) for module in modules for _, operators in sorted(places(module).items())]
+    every = [(module, operators) for module in chosen for _, operators in sorted(places(module).items())]
     drawn.shuffle(every)
     mutants = []
     while len(mutants) < count and every:
@@ -282,50 +289,50 @@ def fork(files, changed):
 
 
 def outcomes(tasks, jobs):
-    """Yield the mutant of each task, or None, and the test that fails, or an empty string."""
+    """Yield the name and the mutant of each task, and the test that fails, or an empty string."""
     waiting, running = list(tasks)[::-1], {}
     while waiting or running:
         while waiting and len(running) < jobs:
-            changed, files = waiting.pop()
+            name, changed, files = waiting.pop()
             process, read = fork(files, changed)
-            running[process] = changed, read
+            running[process] = name, changed, read
         process, _ = os.wait()
-        changed, read = running.pop(process)
+        name, changed, read = running.pop(process)
         with open(read) as pipe:  # noqa: PTH123
-            yield changed, json.loads(pipe.read() or '"the limit of the processor time"')
+            yield name, changed, json.loads(pipe.read() or '"the limit of the processor time"')
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mutants", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--first", type=int, default=0, help="omit this many mutants of the sample before the first")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
-    parser.add_argument("--module", action="append", choices=TESTS, help="default: all modules")
+    parser.add_argument("--module", action="append", choices=modules(), help="default: all modules")
     options = parser.parse_args()
     os.chdir(ROOT)
-    start, modules = time.monotonic(), options.module or list(TESTS)
+    start, chosen = time.monotonic(), options.module or modules()
     entries = tomllib.loads(LIST.read_text())
     equivalent = [identity(entry) for entry in entries.get("equivalent", [])]
     for module, _, before, _ in equivalent:
         assert before in joined(path_of(module).read_text().splitlines()), f"{LIST.name}: {module} has no {before}"
-    drawn = sample(options.mutants, options.seed, modules)
-    possible = [changed for changed in drawn if identity(vars(changed)) not in equivalent]
-    always = [listed(entry) for entry in entries["always"] if entry["module"] in modules]
-    warm()
-    tasks = [(changed, TESTS[changed.module]) for changed in (*always, *possible)]
-    survived = []
+    always = {entry["name"]: listed(entry) for entry in entries["always"] if entry["module"] in chosen}
+    drawn = dict(enumerate(sample(options.first + options.mutants, options.seed, chosen)))
+    drawn = {number: changed for number, changed in drawn.items() if number >= options.first}
+    possible = {number: changed for number, changed in drawn.items() if identity(vars(changed)) not in equivalent}
+    tasks = [(name, changed, tests_of(changed.module)) for name, changed in (always | possible).items()]
     # The unchanged code must pass the same tests.
-    for changed, failed in outcomes(
-        [*tasks, (None, sorted({name for _, names in tasks for name in names}))], options.jobs
-    ):
-        if changed is None and failed:
+    tasks.append(("no change", None, sorted({file for _, _, files in tasks for file in files})))
+    warm()
+    survived = set()
+    for name, changed, failed in outcomes(tasks, options.jobs):
+        if changed is not None:
+            print(f"{name}: {'detected' if failed else 'SURVIVED'} {changed}\n    {failed}", flush=True)
+            survived |= set() if failed else {name}
+        elif failed:
             print(f"the tests fail without any change: {failed}")
             return 1
-        if changed is not None:
-            print(f"{'detected' if failed else 'SURVIVED'} {changed}\n    {failed}", flush=True)
-            survived += [] if failed else [changed]
-    missed = [changed for changed in always if changed in survived]
-    lived = [changed for changed in possible if changed in survived]
+    missed, lived = survived & {*always}, survived & {*possible}
     print(f"{len(always) - len(missed)} of {len(always)} listed mutations are detected.")
     print(
         f"Of {len(drawn)} mutants (seed {options.seed}), {len(drawn) - len(possible)} are equivalent, "
