@@ -55,7 +55,8 @@ RULES = {
     "'of its own'; write 'its own ...' or 'separate'": r"\bof (?:its|their) own(?! (?!module\b)[a-z])",
     "'largest number of'; write 'maximum number of'": r"\blargest number of\b",
     "'name to value'; write 'value by name'": (
-        r"\b(?:name|quantity|array) of each \w+ to\b|(?:^|\. )Quantity to\b|\bsame names to\b"
+        r"\b(?:name|quantity|array) of each \w+ to\b|\bsame names to\b|"
+        r"(?:^|\. |\n *)(?:array|key|quantity|run|state|step|tensor)(?: names?)? to (?:the|its|their|bytes)\b"
     ),
     "'left out'; write 'omitted', 'excluded' or 'skipped'": r"\bleft out\b|\bleaves? out\b",
     "'goes on'; write 'continues'": r"\b(?:goes|go|went|gone|going) (?:on|past)\b(?! to\b)",
@@ -80,6 +81,9 @@ RULES = {
     "'from which on'; write 'above which' or 'after which'": r"\bfrom which on\b",
     "'whatever'; write 'regardless of'": r"\bwhatever\b",
     "a name that 'says'; write 'indicates' or 'states'": r"\b(?:file|name|word|text|key|version|log)s? says?\b",
+    "'something else than'; write 'something other than'": r"\b(?:any|some|no)thing else than\b",
+    "'cannot be made'; write 'cannot create'": r"\bcannot be made\b",
+    "'of yours'; write 'your'": r"\bof yours\b",
     "'for ever'; write 'forever'": r"\bfor ever\b",
     "', neither is'; write 'also not'": r", (?:and )?(?:nor|neither) (?:is|are|does|do|was|were)\b",
 }

@@ -306,7 +306,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mutants", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--first", type=int, default=0, help="omit this many mutants of the sample before the first")
+    parser.add_argument(
+        "--first", type=int, default=0, help="omit this many mutants of the sample before the first"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--module", action="append", choices=modules(), help="default: all modules")
     options = parser.parse_args()

@@ -160,18 +160,20 @@ def _inspected(
     }
     notes = ["the search ended after its time limit; pass a smaller folder"] if found.ended else []
     notes += [
-        f"{part.location}: {' '.join(part.flags())} follows from names: check that it is what you mean"
+        f"{part.location}: {' '.join(part.flags())} was inferred from names: check that it is correct"
         for part in (found.chosen.proposal.parts if found.chosen is not None and not _given(options) else ())
         if part.pattern or part.map
     ]
     notes += [
-        f"{part.location}: --shift gradient={part.shift['gradient']} follows from the first updates, which are "
-        "parallel to these gradients"
+        f"{part.location}: --shift gradient={part.shift['gradient']} was inferred from the first updates, which "
+        "are parallel to these gradients"
         for part in (found.chosen.proposal.parts if found.chosen is not None and not options["shift"] else ())
         if "gradient" in part.shift
     ]
     used = found.chosen.proposal.parts if found.chosen is not None else ()
-    notes += [f"{part.location} is not in {paths[0]}: check that it is of the same run" for part in found.nearby]
+    notes += [
+        f"{part.location} is not in {paths[0]}: check that it belongs to the same run" for part in found.nearby
+    ]
     notes += [
         f"{part.part.location}: {note}" for part in found.parts if part.part not in used for note in part.notes[:4]
     ]
@@ -198,9 +200,9 @@ def _inspected(
 def _gradient_from(found: Diagnosis, values: Mapping[str, Any]) -> dict[str, str] | None:
     """Return how a log without gradients can be processed with gradients, the cheapest approach first.
 
-    The cost of an approach consists of forward and backward passes, and of the seconds for everything else. How
-    long a pass takes is not known, because the objective is that of the user. Approaches that are not possible come
-    last.
+    The cost of an approach consists of forward and backward passes, and of the seconds for everything else. The
+    time of a pass is not known, because it depends on the objective of the user. Approaches that are not possible
+    are last.
     """
     assert found.chosen is not None
     proposal, holds = found.chosen.proposal, values["holds"]
@@ -221,7 +223,7 @@ def _gradient_from(found: Diagnosis, values: Mapping[str, Any]) -> dict[str, str
         gigabytes = states * values["elements"] * 4 / 1e9
         approaches["replay"] = (
             (states, read),
-            f"{proposal.replay_command}: evaluates an objective of yours at each state, which takes {states} "
+            f"{proposal.replay_command}: evaluates your objective at each state, which takes {states} "
             f"forward and backward passes over its data and about {read:g} s to read the states; with "
             f"--keep-gradients, OUT also has {gigabytes:.3g} GB of gradients",
         )
@@ -321,7 +323,7 @@ def _description(log: Source, listed: Sequence[LoggedStep], *, sweep: bool) -> d
 
 
 def _log_bytes(listed: Sequence[LoggedStep]) -> int:
-    """Return the size of all files of a log."""
+    """Return the total size of the files of a log."""
     files = {str(file): file for step in listed for file in files_of(step)}
     total = 0
     for file in files.values():

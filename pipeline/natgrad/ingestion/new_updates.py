@@ -230,9 +230,9 @@ class _View:
     attempt : int
         Current attempt.
     states : dict
-        Step to the index of its state that is not superseded, in order.
+        Index of the state of each step that is not superseded, by step, in order.
     all_states : dict
-        Step to the indices of all its states.
+        Indices of all states of a step, by step.
     """
 
     attempt: int

@@ -195,13 +195,13 @@ def replicate_products(
     ----------
     parameter, gradient : sequence of arrays, shape (some states, elements)
         States and their gradients, as for `products`; no halo is needed.
-    replicates : sequence, length R, of the same
-        States to which each replicate of the update leads.
+    replicates : sequence of length R
+        For each replicate of the update, the states to which it leads, as in ``parameter``.
     starts : int64 array, shape (segments + 1,)
     gram : float64 array, shape (updates, segments, vectors, vectors)
         Output: the inner products, in the order of `natgrad.schema.names.replicate_vectors`.
-    hvps : sequence, length R, of the same, optional
-        Hessian times the displacement of each replicate, if logged.
+    hvps : sequence of length R, optional
+        Hessian times the displacement of each replicate, if logged, as in ``parameter``.
 
     Raises
     ------

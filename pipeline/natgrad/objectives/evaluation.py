@@ -23,7 +23,7 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Curvature:
-    """Request of values of the Hessian for each update.
+    """Values of the Hessian that are requested for each update.
 
     Attributes
     ----------
@@ -116,7 +116,7 @@ def evaluated_update(
     curvature: Curvature,
     where: str,
 ) -> tuple[dict[str, NDArray[Any]], dict[str, float], list[str]]:
-    """Return what is requested of the Hessian for an update.
+    """Return the requested values of the Hessian for an update.
 
     Parameters
     ----------

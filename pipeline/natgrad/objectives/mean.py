@@ -25,7 +25,7 @@ def counted(found: Any, *, alone: bool) -> tuple[Any, Any]:
     Raises
     ------
     InputError
-        If the result is something else.
+        If the result is none of these.
     """
     if isinstance(found, tuple):
         if len(found) == 2 and getattr(found[0], "shape", ()) == ():

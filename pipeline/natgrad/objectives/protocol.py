@@ -6,7 +6,7 @@ An objective is a function of the tensors of a state::
     objective.hvp(tensors, direction) -> products         optional
     objective.fingerprint -> mapping                      optional
 
-All arguments and results are mappings of names to arrays. Results may lack tensors that are not trained.
+States, gradients and products are mappings of names to arrays. Gradients may lack tensors that are not trained.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def load_objective(name: str, folder: str) -> tuple[Any, dict[str, Any]]:
     Raises
     ------
     InputError
-        If the factory cannot be imported, fails, or returns something else than a function.
+        If the factory cannot be imported, fails, or does not return a function.
     """
     module_name, factory_name = split_name(name)
     if folder not in sys.path:
@@ -127,7 +127,7 @@ def load_objective(name: str, folder: str) -> tuple[Any, dict[str, Any]]:
         raise
     except Exception as error:  # code of the user
         raise InputError(
-            f"the objective cannot be made: {_described(error)}",
+            f"cannot create the objective: {_described(error)}",
             where=f"{name}, {_line_of(error)}",
             why=f"modules are found in {folder} and among the installed packages",
             remedy=f"check that python -c 'from {module_name} import {factory_name}; {factory_name}()' works in "
@@ -148,7 +148,7 @@ def checked_fingerprint(name: str, module: Any, objective: Any) -> dict[str, Any
     Raises
     ------
     InputError
-        If the objective describes itself by something else than a mapping of plain values.
+        If the fingerprint of the objective is not a mapping of plain values.
     """
     own = getattr(objective, "fingerprint", {})
     if not isinstance(own, Mapping) or not all(
@@ -157,7 +157,7 @@ def checked_fingerprint(name: str, module: Any, objective: Any) -> dict[str, Any
         raise InputError(
             f"the fingerprint of the objective is {shown(own)}",
             where=name,
-            remedy="return a mapping of names to texts and numbers, or omit the attribute fingerprint",
+            remedy="return a mapping of names to strings and numbers, or omit the attribute fingerprint",
         )
     file = inspect.getsourcefile(module)
     source = "" if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()
@@ -201,7 +201,7 @@ def product(objective: Any, tensors: Tensors, direction: Tensors, where: str) ->
     Raises
     ------
     ObjectiveError
-        If the objective has no such product, fails, or returns something else.
+        If the objective has no such product or fails, or its result is not a product.
     """
     hvp = getattr(objective, "hvp", None)
     if not callable(hvp):

@@ -1,7 +1,7 @@
 """Evaluate an objective at the states of a log on workers, each state once, and keep the evaluations in OUT.
 
-Workers are processes with one objective each. A task evaluates one state, so that a worker that dies loses no more
-than that. A file is written when its evaluation is complete, and is never replaced (`natgrad.sources.replayed`).
+Workers are processes with one objective each. A task evaluates one state, so a worker that dies loses only that
+evaluation. A file is written when its evaluation is complete, and is never replaced (`natgrad.sources.replayed`).
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class _State:
     ----------
     step : int
     probe : bool
-        Evaluate twice, to see whether the values are the same.
+        Evaluate twice, to test whether the values are the same.
     """
 
     step: int
@@ -107,7 +107,7 @@ class _Range:
     steps : tuple of int
         The states. Those of updates that are complete are not evaluated.
     spans : tuple of int
-        For each state but the last, the number of steps to the next one; 0 if no update leads there.
+        For each state except the last one, the number of steps to the next one; 0 if no update leads there.
     probe : bool
         Evaluate twice at the first state.
     """
@@ -208,7 +208,7 @@ class _Worker:
             )
 
     def state(self, task: _State) -> list[str]:
-        """Evaluate the loss and the gradient at a state, and keep them."""
+        """Evaluate the loss and the gradient at a state, and store them."""
         found, problems = self._evaluated(task.step, probe=task.probe)
         arrays = {f"{STATES[1]}/{name}": np.ascontiguousarray(array) for name, array in found.gradients.items()}
         self._write(
@@ -217,7 +217,7 @@ class _Worker:
         return problems
 
     def reduce(self, task: _Range) -> list[str]:
-        """Evaluate consecutive states, and keep the inner products of each update. Two states are in memory."""
+        """Evaluate consecutive states, and store the inner products of each update. Memory holds two states."""
         complete = self._replays.numbers()[1]
         before: _Evaluated | None = None
         problems: list[str] = []
@@ -233,7 +233,7 @@ class _Worker:
         return problems
 
     def _reduced(self, before: _Evaluated, after: _Evaluated) -> list[str]:
-        """Keep the inner products of an update."""
+        """Store the inner products of an update."""
         names = list(before.gradients)
         dtypes = [array.dtype.name for array in before.gradients.values()]
         own, problems, scalars, hvp = {"names": names, "dtypes": dtypes}, list[str](), dict[str, float](), None
@@ -347,7 +347,7 @@ class _Worker:
         try:
             file.put_new(content)
         except FileExistsError:
-            _log.info("%s exists already: a worker that was thought to be lost has written it", file)
+            _log.info("%s exists already: it was written by a worker that was assumed to have died", file)
 
     def _note(self, kind: str, step: int) -> None:
         path = self._record.local_path
@@ -410,8 +410,8 @@ def evaluate_log(
     Raises
     ------
     InputError
-        If the log has gradients or contains a sweep, the objective cannot be made, fails, is not the one of
-        existing evaluations or no function of the state, or another process evaluates the same log.
+        If the log has gradients or contains a sweep; if the objective cannot be created, fails, is not that of
+        existing evaluations or is not a function of the state, or if another process evaluates the same log.
     """
     split_name(objective)
     with replays.folder.lock(replays.folder.name):

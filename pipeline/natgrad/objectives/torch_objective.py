@@ -106,7 +106,7 @@ class TorchObjective:
             raise InputError("there are no batches", where="TorchObjective", remedy="pass at least one batch")
         self._parameters: dict[str, Any] = dict(module.named_parameters(remove_duplicate=False))
         self._buffers: dict[str, Any] = dict(module.named_buffers(remove_duplicate=False))
-        # Buffers that are not saved have names, too; older checkpoints contain them.
+        # Buffers that are not saved also have names, and older checkpoints contain them.
         self._saved = set(module.state_dict())
 
     @property
@@ -213,8 +213,9 @@ class TorchObjective:
             raise InputError(
                 f"the module has no tensor {unknown[0]!r}, and {len(unknown) - 1} others of the checkpoint",
                 where="TorchObjective",
-                why=f"the tensors of the module are {list(own)[:4]}, ...: it is another model, or has other names",
-                remedy="make the module that was trained; ignore=[PATTERN] omits tensors that it does not need",
+                why=f"the tensors of the module are {list(own)[:4]}, ...: it is a different model, or has "
+                "different names",
+                remedy="pass the module that was trained; ignore=[PATTERN] omits tensors that it does not need",
             )
         filled: dict[int, str] = {}
         trained: dict[str, Any] = {}
@@ -229,7 +230,7 @@ class TorchObjective:
                             f"{name!r} and {filled[id(target)]!r} share memory in the module, but differ in the "
                             "checkpoint",
                             where="TorchObjective",
-                            remedy="make the module without tied parameters",
+                            remedy="create the module without tied parameters",
                         )
                     continue
                 target.copy_(value)
@@ -247,9 +248,9 @@ class TorchObjective:
             raise InputError(
                 f"the checkpoint has no tensor {missing[0]!r}, and lacks {len(missing) - 1} others of the module",
                 where="TorchObjective",
-                why=f"the tensors of the checkpoint are {list(tensors)[:4]}, ...: it is another model, or has "
-                "other names",
-                remedy="make the module that was trained",
+                why=f"the tensors of the checkpoint are {list(tensors)[:4]}, ...: it is a different model, or "
+                "has different names",
+                remedy="pass the module that was trained",
             )
         if not trained:
             raise InputError(
@@ -278,10 +279,10 @@ def _require_fits(name: str, target: Any, value: Any) -> None:
             f"{name!r} is {value.dtype} of shape {tuple(value.shape)} in the checkpoint, and {target.dtype} of "
             f"shape {tuple(target.shape)} in the module",
             where="TorchObjective",
-            why="the gradient would be that at rounded parameters" if narrower else "it is another model",
+            why="the gradient would be evaluated at rounded parameters" if narrower else "it is a different model",
             remedy="convert the module, for example with .float()"
             if narrower
-            else "make the module that was trained",
+            else "pass the module that was trained",
         )
 
 
@@ -297,7 +298,7 @@ def _tensor(array: NDArray[Any]) -> Any:
 
 
 def _filled(found: Sequence[Any], parameters: Sequence[Any]) -> list[Any]:
-    """Return gradients, in float32 at least, with zeros for parameters that the loss does not depend on."""
+    """Return gradients, in at least float32, with zeros for parameters that the loss does not depend on."""
     found = found or [None] * len(parameters)
     filled = [
         one.new_zeros(one.shape) if slope is None else slope.detach()

@@ -98,7 +98,7 @@ def shift_of_gradients(
     states : sequence of mapping
         For consecutive states, tensor to parameter and gradient as logged, (2, n).
     roundoff : mapping
-        Tensor to the unit roundoff of its parameter and gradient.
+        Unit roundoff of the parameter and gradient of each tensor, by its name.
 
     Notes
     -----

@@ -81,7 +81,7 @@ class StepContent:
     notes : tuple of str
         Remarks for the user about these values.
     ties : mapping
-        Tensor names to the name of another tensor that shares its memory.
+        For each name of a tensor, the name of another tensor that shares its memory.
     untrained : bool
         The parameters are those of a full model. They may include buffers and frozen tensors, which have no
         gradient.

@@ -117,9 +117,9 @@ class _Arrays:
     Attributes
     ----------
     keys : dict
-        Array to the key of each of its tensors, by name.
+        By array and tensor, the key of the tensor.
     logged : dict
-        Array to its tensors, by name; without empty arrays.
+        By array and name, the tensors; without empty arrays.
     full_model : bool
         The parameters are those of a full model.
     absent : list of str

@@ -66,7 +66,7 @@ def open_source(
     format : str, optional
         One of `natgrad.sources.formats.FORMATS`. Detected from the content by default.
     mapping : mapping, optional
-        Quantity to its key in the log; see `natgrad.sources.names`.
+        Key in the log by quantity; see `natgrad.sources.names`.
     shift : mapping, optional
         Quantity to K: values logged at step s belong to state s + K.
     pattern : str

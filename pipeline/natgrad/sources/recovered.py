@@ -116,7 +116,7 @@ class _Pair:
     Attributes
     ----------
     updates : mapping
-        Tensor name to its update. The update is skipped if its span is 0.
+        Update of each tensor, by its name. The update is skipped if its span is 0.
     notes : tuple of str
     connected : bool
         False if no update leads from the first state to the second.

@@ -1,9 +1,9 @@
 """Read a log without gradients together with the evaluations of an objective at its states (`natgrad replay`).
 
 The evaluations are in one folder, in files that are written once. If gradients are kept, ``step_<N>.safetensors``
-has the loss and the gradient at state N, and ``update_<N>.safetensors`` what was requested of the update from state
-N, such as ``hvp``. Otherwise, the latter has the inner products of the update and the losses of its states, and the
-former does not exist.
+has the loss and the gradient at state N, and ``update_<N>.safetensors`` the values that were requested for the
+update from state N, such as ``hvp``. Otherwise, the latter has the inner products of the update and the losses of
+its states, and the former does not exist.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ class Replayed:
             raise NotYet(
                 "the objective has not been evaluated at any state of this log",
                 where=str(self._replays.folder),
-                why="gradients come from evaluations (--gradient replayed), which natgrad replay makes",
+                why="gradients are those of evaluations by natgrad replay (--gradient replayed)",
                 remedy="run natgrad replay SOURCE OUT --objective MODULE:FACTORY",
             )
         if missing:
@@ -325,7 +325,7 @@ def require_no_gradients(step: LoggedStep, content: StepContent) -> None:
     """Raise InputError if a step contains gradients or lacks parameters."""
     if content.arrays.get(_GRADIENT):
         raise InputError(
-            "the log contains gradients, but an objective was to be evaluated at its states",
+            "the log contains gradients, but the evaluation of an objective was requested",
             where=where(step, _GRADIENT, next(iter(content.arrays[_GRADIENT]))),
             why="a run has either the gradients of its log or those of an objective",
             remedy="process the log with natgrad process, or pass a log without gradients",

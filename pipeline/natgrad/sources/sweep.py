@@ -21,7 +21,7 @@ class Sweep:
     location : Storage
         Folder that contains the runs.
     runs : mapping of str to Source
-        Run name to its log.
+        Log of each run, by its name.
     """
 
     def __init__(self, location: Storage, runs: Mapping[str, Source]) -> None:

@@ -142,7 +142,7 @@ class StateReference:
     ----------
     files : tuple of ReferencedFile
     arrays : mapping
-        Array to its pieces. States may share this object.
+        Pieces by array. States may share this object.
     starts : tuple of int
         For each file, a number of bytes to be added to the offsets of its pieces; empty if all are 0.
     """
@@ -383,7 +383,7 @@ class References:
         Parameters
         ----------
         itemsizes : mapping
-            Array to bytes of an element.
+            Bytes of an element by array.
         start, stop : int
             Updates; the states of a range include the one after its last update.
         column : (int, int)

@@ -475,7 +475,7 @@ class Trajectory(States):
         Parameters
         ----------
         sources : mapping
-            State to the new identity of its source.
+            New identity of the source by state.
         references : mapping, optional
             State to where it is in the files of its source.
         """
@@ -517,7 +517,7 @@ class Trajectory(States):
         Parameters
         ----------
         checksums : mapping
-            Array to the checksum of each state and column. States that are `gone` are omitted.
+            By array, the checksum of each state and column. States that are `gone` are omitted.
         """
         self._settle()
 

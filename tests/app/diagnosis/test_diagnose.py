@@ -369,7 +369,7 @@ def test_what_a_folder_lacks_is_searched_next_to_it(tmp_path, monkeypatch, there
     locations = [str(tmp_path / "run" / name) for name in ("ckpt", there, "metrics.csv")]
     assert shlex.split(found.command) == ["natgrad", "process", *locations, "OUT"]
     assert [note for note in found.notes if "same run" in note] == [
-        f"{location} is not in {locations[0]}: check that it is of the same run" for location in locations[1:]
+        f"{location} is not in {locations[0]}: check that it belongs to the same run" for location in locations[1:]
     ]
     assert follow(found, tmp_path / "here", monkeypatch)["steps"] == len(STATES)
 
@@ -639,4 +639,4 @@ def test_a_shift_that_the_updates_prove_is_proposed(tmp_path):
         theta = theta - 0.1 * gradient
     found = natgrad.inspect(tmp_path)
     assert "--shift gradient=-1" in found.command
-    assert any("follows from the first updates" in note for note in found.notes)
+    assert any("inferred from the first updates" in note for note in found.notes)

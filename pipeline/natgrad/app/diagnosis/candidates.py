@@ -101,7 +101,7 @@ class ReadPart:
     format : str
     steps : tuple of LoggedStep
     quantities : mapping
-        Quantity to the numbers of the steps that have it, among those that were examined.
+        Numbers of the examined steps that have each quantity, by its name.
     examined : tuple of int
         Numbers of the steps that were examined: all of them, or some at equal distances.
     scalars : bool
@@ -110,7 +110,7 @@ class ReadPart:
     keys : mapping
         Keys of its first step; see `natgrad.sources.base.Keyed`.
     counts : mapping
-        Quantity to its number of tensors.
+        Number of tensors of each quantity, by its name.
     matched : bool
         Every gradient has the name of a parameter, if the log contains both.
     """

@@ -352,7 +352,7 @@ class BergsonStep:
         Parameters
         ----------
         parameters : mapping
-            Tensor names to the logged tensors.
+            Logged tensors by name.
 
         Returns
         -------

@@ -44,7 +44,7 @@ class StackedFile:
     open_container : callable
         Function that opens it.
     mapping : mapping, optional
-        Quantity to its key. Takes precedence over the mapping file in the folder of the log.
+        Key by quantity. Takes precedence over the mapping file in the folder of the log.
     names : Names
         Meaning of the keys of a group.
     usually_one_step : bool

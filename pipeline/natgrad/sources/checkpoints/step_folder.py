@@ -168,7 +168,7 @@ class StepFolder:
     kinds : sequence of Kind
         Kinds of steps to look for.
     mapping : mapping, optional
-        Quantity to its key. Takes precedence over the kinds and the mapping file of the folder.
+        Key by quantity. Takes precedence over the kinds and the mapping file of the folder.
     own_map_file : bool
         Do not read the mapping file here, because it has another meaning for these kinds.
 

@@ -38,9 +38,9 @@ class StepGroups:
     Attributes
     ----------
     keys : mapping
-        Step to the keys of its contents, each by the key that a file of only this step would have.
+        By step, the keys of its contents, each by the key that a file of only this step would have.
     rows : mapping
-        Step to its position among all steps, for arrays with one value for each step.
+        Position of each step among all steps, for arrays with one value for each step.
     origins : mapping
         Step to where its number was taken from.
     series : tuple of str

@@ -94,7 +94,7 @@ class ZarrArrays(Container):
         Parameters
         ----------
         specs : mapping
-            Key to the TensorStore specification.
+            TensorStore specification by key.
         required : bool
             Raise an error for arrays that cannot be opened. If False, list them in ``unread``.
 

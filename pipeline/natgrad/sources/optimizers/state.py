@@ -149,7 +149,7 @@ class OptimizerState:
     numbers : mapping
         Numbers in `natgrad.schema.names.OPTIMIZER_NUMBERS`, each a mapping of tensor name to value.
     metrics : mapping
-        Tensor name to its metric, for rules whose metric is not a diagonal of ``exp_avg_sq``. `factor_array`
+        Metric by tensor name, for rules whose metric is not a diagonal of ``exp_avg_sq``. `factor_array`
         returns the names of the arrays of its factors.
     problem : str
         Why the entries cannot be assigned to tensors. The attributes above are then not set.
@@ -162,7 +162,7 @@ class OptimizerState:
     decay_note : str
         Note on weight decay that may or may not be decoupled.
     rules : mapping
-        Tensor name to the options and the state that the optimizer saved for it.
+        Options and state that the optimizer saved for each tensor, by its name.
     """
 
     arrays: Mapping[str, Mapping[str, LoggedTensor]] = field(default_factory=dict)

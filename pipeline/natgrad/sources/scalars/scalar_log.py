@@ -140,7 +140,7 @@ class ScalarLog:
         Quantity, or ``step``, to its key, in which ``*`` matches any single level; ``run`` to the name of the run,
         if the log contains several. ``loss[mode=train]`` selects the records in which ``mode`` is ``train``.
     shift : mapping, optional
-        Quantity to the number added to the step at which its values are logged.
+        By quantity, the number added to the step at which its values are logged.
     records_limit : int
         Maximum number of values per key. A log with more values is refused.
 
