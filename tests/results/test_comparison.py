@@ -56,6 +56,53 @@ def test_runs_are_aligned_by_step_and_missing_steps_are_marked():
     assert [row["updates"] for row in found.overview] == [3, 2]
 
 
+def test_the_overview_has_the_medians_of_known_values_and_the_first_and_last_known_loss():
+    one = tree([np.nan, 3, 5, 2, np.nan])  # the angles are 0, 1, 2, 3, 4
+    one["model"]["status"][:3] = Status.OBTUSE
+    one["model"]["angle"][2:] = np.nan
+    one["model"]["condition_number"][:] = np.array([7, np.inf, np.nan, 9, 1.5]).reshape(5, 1, 1)
+    one["model"]["learning_rate"][:] = [np.nan, 0.1, 0.4, 0.2, np.nan]
+    overview = compare({"one": one, "none": tree([])}).overview
+    assert overview[0] == {
+        "run": "one",
+        "updates": 5,
+        "effective_share": 0.4,
+        "median_angle": 0.5,
+        "median_condition_number": 7.0,
+        "learning_rate": 0.2,
+        "first_loss": 3.0,
+        "last_loss": 2.0,
+    }
+    unknown = dict.fromkeys(overview[0], None)
+    assert overview[1] == unknown | {"run": "none", "updates": 0}
+
+
+@pytest.mark.parametrize(
+    ("properties", "align", "texts"),
+    [
+        ([{"evaluation": "fixed"}] * 2, "loss", []),
+        ([{"evaluation": "batch"}] * 2, "step", []),
+        ([{"evaluation": "batch"}] * 2, "loss", ["losses of a, b belong to different mini-batches"]),
+        ([{"evaluation": "batch"}, {"evaluation": "fixed"}], "step", ["on different kinds of data"]),
+        ([{"elements": 3}, {"elements": 4}], "length", ["the models have different sizes"]),
+    ],
+)
+def test_runs_whose_values_have_different_meanings_are_compared_with_a_warning(properties, align, texts):
+    trees = {name: tree([2, 1], **each) for name, each in zip("ab", properties, strict=True)}
+    found = compare(trees, align).warnings
+    assert len(found) == len(texts)
+    assert all(text in warning for text, warning in zip(texts, found, strict=True))
+
+
+def test_losses_are_compared_at_equal_ratios_and_those_of_any_sign_at_equal_differences():
+    def levels(*losses):
+        return compare({"a": tree(losses), "b": tree([9, 8])}, "loss").curves["reached_loss"].values
+
+    ratios = np.diff(np.log(levels(10, 1)))
+    np.testing.assert_allclose(ratios, -np.log(9) / (POSITIONS - 1), rtol=1e-9)
+    np.testing.assert_allclose(np.diff(levels(10, 0)), -9 / (POSITIONS - 1), rtol=1e-9)
+
+
 def test_an_unknown_norm_ends_the_path():
     curves = compare({"a": tree([1, 1, 1], [1, np.nan, 1]), "b": tree([1, 1, 1])}, "length").curves
     at = curves["at_step"].sel(run="a").values
