@@ -30,6 +30,10 @@ PROGRAMS = {f"docs/gallery/{path.name}": f"gallery/{path.stem}.md" for path in (
 
 _LINK = re.compile(r"\]\((?!https?:|#)([^)#]+)")
 
+_CELL = re.compile(r"<td.*?</td>", re.DOTALL)
+_CODE = re.compile(r"(?<=<code>)[^<]+")
+_SEPARATOR = re.compile(r"(?<=\w)([._/]|&gt;)(?=\w)")
+
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages from outside the folder, and those of the gallery."""
@@ -48,6 +52,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     if page.file.src_uri in PAGES.values():
         return markdown
     return _relinked(markdown, f"docs/{page.file.src_uri}", page.file.src_uri)
+
+
+def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
+    """Let names in the narrow cells of tables wrap after their parts, and not within a word."""
+    return _CELL.sub(lambda cell: _CODE.sub(lambda code: _SEPARATOR.sub(r"\1<wbr>", code[0]), cell[0]), output)
 
 
 def gallery() -> dict[str, bytes]:

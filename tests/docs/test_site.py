@@ -76,6 +76,36 @@ def test_the_changelog_has_the_fragments(site):
     assert "Unreleased" in page or not list((ROOT / "changes").glob("*.md"))
 
 
+def test_the_search_works_without_a_server(site, browser):
+    page, complaints = browser.new_page(), []
+    page.on("console", lambda line: complaints.append(line.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.goto((site / "howto" / "replay.html").as_uri())
+    page.locator(".md-search__input").click()
+    page.keyboard.type("fingerprint")
+    found = page.locator(".md-search-result__link").first
+    found.wait_for()
+    assert found.get_attribute("href").startswith(site.as_uri())
+    assert complaints == []
+    page.close()
+
+
+@pytest.mark.parametrize("name", ["variables", "formats"])
+def test_names_in_tables_wrap_after_their_parts_on_a_phone(site, browser, name):
+    page = browser.new_page(viewport={"width": 400, "height": 800})
+    page.goto((site / "reference" / f"{name}.html").as_uri())
+    divided = page.locator("td code").evaluate_all(
+        """codes => codes.flatMap(code => [...code.childNodes]).filter(part => {
+             const range = document.createRange()
+             range.selectNode(part)
+             return /^[\\w.]+$/.test(part.textContent) && range.getClientRects().length > 1
+           }).map(part => part.textContent)"""
+    )
+    assert divided == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= 400
+    page.close()
+
+
 def test_the_gallery_has_the_runs_of_every_program(site):
     assert len(GALLERY) == 5
     index = (site / "gallery" / "index.html").read_text()

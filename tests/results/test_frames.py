@@ -74,14 +74,15 @@ def test_a_table_needs_steps(tree):
         frames.to_dataframe(tree["model"].to_dataset().isel(step=0))
 
 
-def test_a_file_that_cannot_be_written_is_an_error_and_an_existing_one_stays(tree, tmp_path):
-    dataset = tree["model"].to_dataset()
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_a_file_that_cannot_be_written_is_an_error_and_an_existing_one_stays(tree, tmp_path, kind):
+    dataset, write = tree["model"].to_dataset(), getattr(frames, f"to_{kind}")
     with pytest.raises(InputError, match="could not be written"):
-        frames.to_csv(dataset, tmp_path / "missing" / "table.csv")
-    (tmp_path / "table.csv").write_text("before")
+        write(dataset, tmp_path / "missing" / "table")
+    (tmp_path / "table").write_text("before")
     with pytest.raises(InputError, match="no window 2"):
-        frames.to_csv(dataset, tmp_path / "table.csv", window=2)
-    assert (tmp_path / "table.csv").read_text() == "before"
+        write(dataset, tmp_path / "table", window=2)
+    assert (tmp_path / "table").read_text() == "before"
     assert len(list(tmp_path.iterdir())) == 1
 
 

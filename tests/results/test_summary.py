@@ -6,6 +6,7 @@ import numpy as np
 from test_dataset import quadratic_walk, table_of, walk
 
 from natgrad.results import dataset
+from natgrad.results.ranking import RankedTensor
 from natgrad.results.summary import overview
 
 
@@ -38,6 +39,8 @@ def test_an_overview_has_the_course_of_the_angle_and_the_worst_tensors():
     ranked = [one["tensor"] for one in found["worst_tensors"]]
     shares = tree["tensor"]["effective"].sel(descent="gradient", window=1).mean("step")
     assert ranked == shares.sortby(shares)["tensor"].values.tolist()
+    many = [RankedTensor(name, 1, 0.5, 1.0, 1.0) for name in "abcdefg"]
+    assert [one["tensor"] for one in overview(tree, many)["worst_tensors"]] == [*"abcde"]
 
 
 def test_an_overview_of_updates_without_decay_is_that_of_their_group():

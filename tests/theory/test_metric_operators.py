@@ -1,5 +1,6 @@
 """Compare metrics that act on vectors with their matrices in 60 digits, and with logged runs."""
 
+import contextlib
 import doctest
 import tracemalloc
 from pathlib import Path
@@ -265,6 +266,14 @@ def test_the_error_states_why_no_metric_exists(y, g, reason):
         Metric(y, g)
     with pytest.raises(InputError, match=r"no metric maps g to y|finite"):
         canonical_form(np.ones(len(g)), g, y)
+
+
+@pytest.mark.parametrize(("roundings", "accepted"), [(19, True), (21, False)])
+def test_directions_are_orthogonal_to_g_except_for_rounding(roundings, accepted):
+    """The cosine of a direction to g has up to 2 (D + 2) rounding errors of 2^-53; D is 8."""
+    unit = np.eye(8)
+    with contextlib.nullcontext() if accepted else pytest.raises(InputError, match="not orthogonal to g"):
+        Metric(unit[0], unit[0], directions=unit[:, 1:2] + roundings * 2.0**-53 * unit[:, :1])
 
 
 ACROSS = np.array([0.0, 4.0, 1.0, 0.0])
