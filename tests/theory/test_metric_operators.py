@@ -273,7 +273,7 @@ def test_directions_are_orthogonal_to_g_except_for_rounding(roundings, accepted)
     """The cosine of a direction to g has up to 2 (D + 2) rounding errors of 2^-53; D is 8."""
     unit = np.eye(8)
     with contextlib.nullcontext() if accepted else pytest.raises(InputError, match="not orthogonal to g"):
-        Metric(unit[0], unit[0], directions=unit[:, 1:2] + roundings * 2.0**-53 * unit[:, :1])
+        Metric(unit[0], unit[0], alpha=1.0, directions=unit[:, 1:2] + roundings * 2.0**-53 * unit[:, :1])
 
 
 ACROSS = np.array([0.0, 4.0, 1.0, 0.0])
