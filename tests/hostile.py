@@ -421,6 +421,7 @@ ARRAYS = {
     "hdf5, dataset without data": lambda folder: hdf5_log(
         folder, lambda file: file.create_dataset("parameter/w", (1 << 30,), "f8")
     ),
+    "hdf5, deep groups": lambda folder: hdf5_log(folder, lambda file: file.create_group("/".join("a" * 2000))),
     "hdf5, many datasets": lambda folder: hdf5_log(
         folder, lambda file: [file.create_dataset(f"w{n}", data=0.0) for n in range(20_000)]
     ),
@@ -461,6 +462,18 @@ def wandb_fragments(folder, count=300_000):
         content += bytes(room) if room < 7 else b""
         content += struct.pack("<IHB", checks[kind], 0, kind)
     return written(folder / "run-1.wandb", bytes(content))
+
+
+def event_record(data):
+    """Return the record of an event file."""
+    from crc32c import crc32c
+
+    length = struct.pack("<Q", len(data))
+    sums = (crc32c(part) for part in (length, data))
+    crc_of_length, crc = (
+        struct.pack("<I", (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF) for crc in sums
+    )
+    return length + crc_of_length + data + crc
 
 
 def parquet_of_one_value(folder, rows=40_000_000):
@@ -509,6 +522,9 @@ SCALARS = {
         b'{"' + b"k" * 4_000_000 + b'":{' + b",".join(b'"%d":1' % n for n in range(1000)) + b"}}\n",
     ),
     "wandb, many fragments": wandb_fragments,
+    "tensorboard, many fields": lambda folder: written(
+        folder / "tfevents.1", event_record(b"\x10\x01" * 2_000_000)
+    ),
     "parquet, many rows": parquet_of_one_value,
     "trackio, cyclic pages": cyclic_database,
 }

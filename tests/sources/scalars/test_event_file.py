@@ -3,11 +3,11 @@
 import struct
 
 import numpy as np
-from crc32c import crc32c
 from hypothesis import given
 from hypothesis import strategies as st
 from test_protocol_buffer import field
 
+from hostile import event_record
 from natgrad.sources.scalars.columns import each_record
 from natgrad.sources.scalars.event_file import read_events
 from natgrad.sources.scalars.protocol_buffer import BYTES, FIXED32, VARINT
@@ -15,17 +15,6 @@ from natgrad.storage import LocalStorage
 
 UNNAMED = field(5, BYTES, field(1, BYTES, b""))
 """An event with a value without a tag, because of which records are decoded one by one."""
-
-
-def framed(data):
-    """Return the bytes of a record."""
-
-    def masked(part):
-        crc = crc32c(part)
-        return struct.pack("<I", (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF)
-
-    length = struct.pack("<Q", len(data))
-    return length + masked(length) + data + masked(data)
 
 
 def tensor(value):
@@ -54,13 +43,13 @@ def read(path, content):
 @given(st.lists(st.one_of(events, st.binary(max_size=3).map(lambda text: field(9, BYTES, text))), max_size=8))
 def test_events_are_decoded_together_as_one_by_one(tmp_path_factory, some):
     path = tmp_path_factory.mktemp("log") / "tfevents"
-    content = b"".join(map(framed, some))
-    np.testing.assert_equal(read(path, content), read(path, content + framed(UNNAMED)))
+    content = b"".join(map(event_record, some))
+    np.testing.assert_equal(read(path, content), read(path, content + event_record(UNNAMED)))
 
 
 def test_records_of_any_length_are_read(tmp_path):
     """A record may end anywhere in a block of a megabyte, or be longer than one."""
     sizes = [0, 1, (1 << 20) - 80, 16, 4, 12, (1 << 20) + 1, 3 << 20, 5]
     event = field(2, VARINT, 7) + field(5, BYTES, field(1, BYTES, field(1, BYTES, b"loss") + tensor(0.5)))
-    content = b"".join(framed(field(9, BYTES, bytes(size)) + event) for size in sizes)
+    content = b"".join(event_record(field(9, BYTES, bytes(size)) + event) for size in sizes)
     assert read(tmp_path / "tfevents", content) == [{"step": 7.0, "loss": 0.5}] * len(sizes)

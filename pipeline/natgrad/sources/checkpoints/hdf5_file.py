@@ -20,7 +20,7 @@ __all__ = ["Hdf5File"]
 
 _FORM = "an HDF5 file"
 _CHUNK_LIMIT = 1 << 28
-_DATASET_OPERATIONS, _ATTRIBUTE_OPERATIONS = 250, 50
+_DATASET_OPERATIONS, _ATTRIBUTE_OPERATIONS, _LEVEL_OPERATIONS = 250, 50, 4
 
 
 class Hdf5File(Container):
@@ -60,6 +60,7 @@ class Hdf5File(Container):
     def _describe(self, key: str, item: Any) -> None:
         if not isinstance(key, str):
             raise ValueError(f"the name {key!r} is not text")
+        self.budget.spend(_LEVEL_OPERATIONS * key.count("/"))
         if not hasattr(item, "read_direct"):
             self._read_attributes(key, item)
             return

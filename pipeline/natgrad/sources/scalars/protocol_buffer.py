@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -119,6 +120,9 @@ class Fields:
 _GROUP_SIZE, _MESSAGE_SIZE = 1 << 20, 64
 """Bytes of a group of messages, and how many each message counts in addition to its own."""
 
+_LARGEST_GROUP = 1 << 21
+"""Maximum size of messages that are decoded together. Each field, of at least 2 bytes, takes 48 bytes of memory."""
+
 _ATTRIBUTES = ("message", "number", "kind", "start", "stop", "value")
 _LENGTHS = np.array([0, 8, -1, -1, -1, 4, -1, -1])
 """Number of bytes of a value by wire type; -1 if it varies."""
@@ -152,8 +156,10 @@ def fields_of_all(data: bytes, start: Integers, stop: Integers) -> Fields:
     Raises
     ------
     ValueError
-        If one of the messages is not a protocol buffer or is truncated.
+        If one of the messages is not a protocol buffer or is truncated, or if they are too large.
     """
+    if len(data) > _LARGEST_GROUP:
+        raise ValueError("the messages are too large to be decoded together")
     words = np.frombuffer(data, np.uint8)
     parts: list[tuple[NDArray[Any], ...]] = []
     message, position = np.arange(len(start)), start
@@ -177,13 +183,13 @@ def fields_of_all(data: bytes, start: Integers, stop: Integers) -> Fields:
         if not number.all() or (length < 0).any() or (position > stop).any():
             raise ValueError("a field of a record is not valid")
         parts.append((message, number, kind, begin, position, value))
-    rest = [
-        (index, *field)
-        for index, first, last in zip(message.tolist(), position.tolist(), stop.tolist(), strict=True)
-        for field in _located(data, first, last)
-    ]
-    columns = list(zip(*rest, strict=True)) or [()] * len(_ATTRIBUTES)
-    parts.append(tuple(np.array(column, kind) for column, kind in zip(columns, "qqqqqQ", strict=True)))
+    rest = tuple(array(code) for code in "qqqqqQ")
+    left_over = zip(message.tolist(), position.tolist(), stop.tolist(), strict=True)
+    for index, first, last in left_over:
+        for field in _located(data, first, last):
+            for column, entry in zip(rest, (index, *field), strict=True):
+                column.append(entry)
+    parts.append(tuple(np.array(column) for column in rest))
     joined = [np.concatenate(column) for column in zip(*parts, strict=True)]
     order = np.argsort(joined[0], kind="stable")
     return Fields(*(column[order] for column in joined))
