@@ -335,6 +335,8 @@ def _analyze(
         },
     }
     provenance |= {"unfinished": states.unfinished} if states.unfinished else {}
+    if found := states.configurations():
+        provenance["configuration"] = found if states.sweep else found[""]
     if states.gradient_source == REPLAYED:
         provenance["replay"] = Replays(folder.replay).provenance()
     additional = {}

@@ -28,6 +28,7 @@ from natgrad.ingestion.products import ProductsWriter
 from natgrad.ingestion.read_options import ReadOptions
 from natgrad.ingestion.transfer import EXTREMES, Progress, Writer
 from natgrad.ingestion.waiting import StepWait
+from natgrad.schema.configuration import Scalar
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import IngestLimits, Layout, TrajectoryShape, chunk_shape
 from natgrad.schema.logs import logger
@@ -315,6 +316,7 @@ def _ingest(
             warnings += [misaligned] if misaligned else []
             warnings += _scalars_not_stored(trajectory, contents)
             warnings += _metrics_not_stored(trajectory, contents)
+            configurations = _configurations(log, steps, warnings)
             if check_shape is not None:
                 check_shape(_future_shape(store, trajectory, contents, len(new), limits))
             trajectory = _matching_trajectory(
@@ -323,6 +325,7 @@ def _ingest(
             kind = ProductsWriter if trajectory.recorded else Writer
             writer = kind(log, trajectory, contents, warnings, limits)
             try:
+                trajectory.record_configurations(configurations)
                 writer.write(new, progress)
             finally:
                 stored.append(writer.new_steps)
@@ -367,6 +370,13 @@ def _ingest(
         last_step_lacks=list(trajectory.provisional),
         warnings=warnings,
     )
+
+
+def _configurations(
+    log: ListedLog, steps: Sequence[LoggedStep], warnings: list[str]
+) -> dict[str, dict[str, Scalar]]:
+    """Return the configuration of each run that has new steps."""
+    return {run: log.configuration(step, warnings) for run, step in {step.run: step for step in steps}.items()}
 
 
 def _is_in_place(store: Storage, trajectory: Trajectory | None, in_place: bool) -> bool:

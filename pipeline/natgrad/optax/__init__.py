@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +35,7 @@ def watch(
     *,
     mode: str = "full",
     evaluation: str = "unknown",
+    configuration: Mapping[str, Any] | None = None,
     learning_rate: float | Callable[[Any], Any] | None = None,
     resume: bool = False,
     on_error: str = "warn",
@@ -54,6 +55,8 @@ def watch(
         result, because the state after it is not passed to the optimizer.
     evaluation : {"batch", "fixed", "unknown"}
         What loss and gradient are evaluated on, in a log of ledgers.
+    configuration : mapping, optional
+        Options of the run, which pages show and compare; see `natgrad.Recorder`.
     learning_rate : float or callable, optional
         Learning rate, or its schedule by the number of updates. Default: that of ``optax.inject_hyperparams``, if
         the state of the optimizer has it.
@@ -87,7 +90,8 @@ def watch(
             remedy="record the checkpoints of the run instead (Orbax)",
         )
     inner = optax.with_extra_args_support(optimizer)
-    record = _Record(Recorder(folder, mode=mode, resume=resume, evaluation=evaluation), mode, on_error == "raise")
+    recorder = Recorder(folder, mode=mode, resume=resume, evaluation=evaluation, configuration=configuration)
+    record = _Record(recorder, mode, on_error == "raise")
 
     def init(params: Any) -> WatchState:
         return WatchState(jax.numpy.zeros((), jax.numpy.int32), inner.init(params))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from natgrad.recording.torch import Watch, watch
+from natgrad.schema.configuration import flat_configuration
 
 __all__ = ["Watching"]
 
@@ -31,10 +33,14 @@ class Watching:
         self.watch: Watch | None = None
         self._folder, self._options = folder, options
 
-    def _begin(self, optimizers: Any, model: Any, taken: int) -> None:
-        """Begin the recording, after some steps that an earlier training has taken."""
-        first_step = {"first_step": taken} if taken else {}
-        self.watch = watch(optimizers, self._folder, **{"model": model, **first_step, **self._options})
+    def _begin(self, optimizers: Any, model: Any, taken: int, configuration: Mapping[str, Any]) -> None:
+        """Begin the recording, after some steps that an earlier training has taken.
+
+        The configuration of the trainer may contain objects, which are omitted.
+        """
+        found: dict[str, Any] = {"model": model, "configuration": flat_configuration(configuration)}
+        found |= {"first_step": taken} if taken else {}
+        self.watch = watch(optimizers, self._folder, **found | self._options)
 
     def _end(self) -> None:
         """End the recording."""

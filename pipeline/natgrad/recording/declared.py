@@ -1,15 +1,17 @@
-"""Declare how a log of states is read, in the mapping file in its folder."""
+"""Store what a user declares about a run in files beside its log."""
 
 from __future__ import annotations
 
 import json
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from natgrad.schema.configuration import CONFIGURATION_FILE
 from natgrad.schema.errors import InputError
 
-__all__ = ["declare"]
+__all__ = ["declare", "store_configuration"]
 
 
 def declare(folder: Path, name: str, value: Any, *, argument: str) -> None:
@@ -49,3 +51,18 @@ def declare(folder: Path, name: str, value: Any, *, argument: str) -> None:
         why=f"the log has {states}, and its states are read accordingly",
         remedy="use another folder, or the value of the existing log",
     )
+
+
+def store_configuration(folder: Path, configuration: Mapping[str, Any] | None) -> None:
+    """Write the configuration of a run into the folder of its log. That of a resumed run replaces the previous one.
+
+    Parameters
+    ----------
+    folder : Path
+    configuration : mapping, optional
+        From `natgrad.schema.configuration.declared_configuration`.
+    """
+    if configuration is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(configuration, indent=1, ensure_ascii=False)
+        (folder / CONFIGURATION_FILE).write_text(text, encoding="utf-8")

@@ -35,8 +35,8 @@ else:
 class LightningWatch(Watching, _Callback):
     """Record each fit of a Lightning Trainer, as `natgrad.watch` does.
 
-    The loss is that which the training step returns. If the training is resumed from a checkpoint, the log is
-    continued.
+    The loss is that which the training step returns, and the hyperparameters that the module saves are the
+    configuration of the run. If the training is resumed from a checkpoint, the log is continued.
 
     Parameters
     ----------
@@ -65,7 +65,9 @@ class LightningWatch(Watching, _Callback):
             If an option is not valid, or the folder contains another run; see `natgrad.watch`.
         """
         # Lightning counts the steps of all optimizers.
-        self._begin(trainer.optimizers, pl_module, trainer.global_step // len(trainer.optimizers))
+        self._begin(
+            trainer.optimizers, pl_module, trainer.global_step // len(trainer.optimizers), pl_module.hparams
+        )
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """End the recording."""

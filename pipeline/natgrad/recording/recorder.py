@@ -14,10 +14,11 @@ import safetensors.numpy
 from numpy.typing import ArrayLike, NDArray
 
 from natgrad.recording.arrays import host_array, numbers_of
-from natgrad.recording.declared import declare
+from natgrad.recording.declared import declare, store_configuration
 from natgrad.recording.ledger_writer import require_folder, require_no_ledgers
 from natgrad.recording.pairs_of_states import LedgersOfStates, StateBefore
 from natgrad.schema.arguments import number, real_array, shown
+from natgrad.schema.configuration import declared_configuration
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import STORAGE_DTYPES
 from natgrad.schema.logs import logger
@@ -106,6 +107,9 @@ class Recorder:
         the log.
     evaluation : {"batch", "fixed", "unknown"}
         What loss and gradient are evaluated on. A log of states declares it in ``natgrad.toml``.
+    configuration : mapping, optional
+        Options of the run, for example ``vars(args)``, which pages show and compare. They are stored in
+        ``configuration.json``.
 
     Raises
     ------
@@ -140,6 +144,7 @@ class Recorder:
         resume: bool = False,
         mode: str = "full",
         evaluation: str = "unknown",
+        configuration: Mapping[str, Any] | None = None,
     ) -> None:
         path = os.fspath(folder) if isinstance(folder, str | os.PathLike) else None
         if not isinstance(path, str) or not path or "\0" in path:
@@ -156,6 +161,7 @@ class Recorder:
                     f"{name} must be one of {', '.join(map(repr, known))}, got {shown(value)}",
                     remedy="correct the argument",
                 )
+        declared = None if configuration is None else declared_configuration(configuration)
         self.folder, self.container = Path(folder), container
         self._ledgers: LedgersOfStates | None = None
         self._names: frozenset[str] = frozenset()
@@ -163,6 +169,7 @@ class Recorder:
         if mode == "ledger":
             require_folder(self.folder, resume=resume, remedy="resume the run with resume=True")
             self._ledgers = LedgersOfStates(self.folder, evaluation)
+            store_configuration(self.folder, declared)
             return
         require_no_ledgers(self.folder)
         present = {path.suffix.removeprefix(".") for path in self.folder.glob("step_*")} & set(CONTAINERS)
@@ -183,6 +190,7 @@ class Recorder:
             ) from error
         if evaluation != "unknown":
             declare(self.folder, "evaluation", evaluation, argument=f"evaluation={evaluation!r}")
+        store_configuration(self.folder, declared)
 
     def __repr__(self) -> str:
         kind = f"{self.container!r}" if self._ledgers is None else 'mode="ledger"'

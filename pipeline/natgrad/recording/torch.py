@@ -15,13 +15,14 @@ import functools
 import os
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Protocol
 
 from natgrad.recording.arrays import is_tensor
+from natgrad.recording.declared import store_configuration
 from natgrad.recording.ledgers import LedgerRecording
 from natgrad.recording.live import LastUpdate
 from natgrad.recording.parameters import Model, Names, Selection, parameters_of, shapes_of
@@ -29,6 +30,7 @@ from natgrad.recording.shards import Shards, is_sharded
 from natgrad.recording.states import StateRecording
 from natgrad.recording.updates import Recording, Update
 from natgrad.schema.arguments import number, real_array, shown
+from natgrad.schema.configuration import declared_configuration
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import MEBIBYTE
 from natgrad.schema.logs import logger
@@ -65,6 +67,7 @@ def watch(
     every: int = 1,
     first_step: int | None = None,
     evaluation: str = "unknown",
+    configuration: Mapping[str, Any] | None = None,
     on_error: str = "warn",
     buffer_bytes: int = 1024 * MEBIBYTE,
 ) -> Watch:
@@ -99,6 +102,8 @@ def watch(
     evaluation : {"batch", "fixed", "unknown"}
         Declare that the losses and gradients of steps belong to changing mini-batches, or to one objective. The
         option of `natgrad.process` takes precedence.
+    configuration : mapping, optional
+        Options of the run, for example ``vars(args)``, which pages show and compare; see `natgrad.Recorder`.
     on_error : {"warn", "raise"}
         With "warn", an error ends the recording with a warning, and the training continues. With "raise", it
         is raised in the training loop.
@@ -162,15 +167,19 @@ def watch(
     resume = first_step is not None
     distributed = _is_distributed(torch)
     _require_known_parallelism(model)
+    declared = None if configuration is None else declared_configuration(configuration)
+    is_first = not distributed or torch.distributed.get_rank() == 0
     recording: Recording | None = None
     if mode == "ledger":
         every_parameter = [parameter for one in optimizers for parameter in parameters_of(one)]
         sharded = distributed and any(map(is_sharded, every_parameter))
         shards = Shards(every_parameter) if sharded else None
-        if shards is not None or not distributed or torch.distributed.get_rank() == 0:
+        if shards is not None or is_first:
             recording = LedgerRecording(folder, interval, resume=resume, evaluation=evaluation, shards=shards)
-    elif not distributed or torch.distributed.get_rank() == 0:
+    elif is_first:
         recording = StateRecording(folder, interval, resume=resume, limit=limit, evaluation=evaluation)
+    if is_first:
+        store_configuration(Path(folder), declared)
     return Watch(optimizers, names, recording, start, raises=on_error == "raise")
 
 

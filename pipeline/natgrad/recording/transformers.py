@@ -21,7 +21,8 @@ __all__ = ["WatchCallback"]
 class WatchCallback(Watching, TrainerCallback):  # type: ignore[misc]
     """Record each training run of a Trainer, as `natgrad.watch` does.
 
-    If the training is resumed from a checkpoint, the log is continued.
+    The arguments of the Trainer are the configuration of the run. If the training is resumed from a checkpoint, the
+    log is continued.
 
     Parameters
     ----------
@@ -51,7 +52,7 @@ class WatchCallback(Watching, TrainerCallback):  # type: ignore[misc]
         InputError
             If an option is not valid, or the folder contains another run; see `natgrad.watch`.
         """
-        self._begin(optimizer, model, state.global_step)
+        self._begin(optimizer, model, state.global_step, args.to_sanitized_dict())
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """End the recording."""

@@ -53,6 +53,8 @@ class Comparison:
         One row for each run.
     options : mapping of str to mapping
         Options and properties that differ between runs: the value of each run.
+    configuration : mapping of str to mapping
+        Values of the logged configuration that differ between runs: the value of each run, None where it has none.
     warnings : list of str
         Reasons why values of different runs have different meanings.
     """
@@ -62,6 +64,7 @@ class Comparison:
     tensors: xr.Dataset
     overview: list[dict[str, Any]]
     options: dict[str, dict[str, Any]]
+    configuration: dict[str, dict[str, Any]]
     warnings: list[str]
 
 
@@ -100,20 +103,25 @@ def compare(trees: Mapping[str, xr.DataTree], align: str = "step") -> Comparison
         name: select(tree["model"].to_dataset()[list(_CURVES)], "gradient", 1).load() for name, tree in each.items()
     }
     options = {name: _described(tree) for name, tree in each.items()}
-    names = list(dict.fromkeys(option for of_run in options.values() for option in of_run))
-    differing = {}
-    for option in names:
-        values = {name: of_run.get(option) for name, of_run in options.items()}
-        if len({json.dumps(value, sort_keys=True) for value in values.values()}) > 1:
-            differing[option] = values
     return Comparison(
         align,
         _curves(models, align),
         _tensors(each),
         [{"run": name, **_overview(model)} for name, model in models.items()],
-        differing,
+        _differing(options),
+        _differing({name: tree.attrs.get("configuration", {}) for name, tree in each.items()}),
         _warnings(options, align),
     )
+
+
+def _differing(properties: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the properties that differ between runs, with the value of each run."""
+    found = {}
+    for name in dict.fromkeys(name for of_run in properties.values() for name in of_run):
+        values = {run: of_run.get(name) for run, of_run in properties.items()}
+        if len({json.dumps(value, sort_keys=True) for value in values.values()}) > 1:
+            found[name] = values
+    return found
 
 
 def _described(tree: xr.DataTree) -> dict[str, Any]:

@@ -442,7 +442,7 @@ def runs(tree: xr.DataTree) -> dict[str, xr.DataTree]:
         paths = [group.path.strip("/") for group in tree.leaves]
         groups = {path: tree[path].to_dataset().sel({RUN: name}).isel({STEP: steps}) for path in paths}
         found = xr.DataTree.from_dict({f"/{path}": dataset for path, dataset in groups.items()})
-        found.attrs = tree.attrs
+        found.attrs = {**tree.attrs, "configuration": tree.attrs.get("configuration", {}).get(name, {})}
         return found
 
     return {str(name): of(str(name)) for name in tree["model"].to_dataset()[RUN].values}

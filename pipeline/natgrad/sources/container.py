@@ -19,6 +19,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from natgrad.schema.configuration import Scalar
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import widened
 from natgrad.sources.bounds import TENSOR_OPERATIONS, Budget, shape_of, shown
@@ -161,6 +162,10 @@ class Container:
         words = np.zeros(math.prod(logged.shape), np.uint16 if logged.dtype == "bfloat16" else logged.dtype)
         self.read(key, 0, words)
         return tuple(map(float, widened(words, logged.dtype)))
+
+    def configuration(self) -> dict[str, Scalar]:
+        """Return the plain values of the configuration of the run by key, if the files contain it."""
+        return {}
 
     def close(self) -> None:
         """Close the files."""

@@ -42,7 +42,14 @@ from natgrad.sources.container import Container, first_bytes
 from natgrad.sources.ledger_log import LedgerLog, holds_ledgers
 from natgrad.sources.names import CHECKPOINT, NATIVE, Names
 from natgrad.sources.scalars.event_file import event_files, read_run_events
-from natgrad.sources.scalars.mlflow_store import DATABASE_COLUMNS, metric_files, read_database, read_metric_file
+from natgrad.sources.scalars.mlflow_store import (
+    DATABASE_COLUMNS,
+    metric_files,
+    read_database,
+    read_database_parameters,
+    read_metric_file,
+    read_parameters,
+)
 from natgrad.sources.scalars.record_files import (
     COMPRESSED,
     TRACKIO_COLUMNS,
@@ -58,7 +65,7 @@ from natgrad.sources.scalars.scalar_log import Kind as ScalarKind
 from natgrad.sources.scalars.scalar_log import ScalarLog
 from natgrad.sources.scalars.text_file import LINE_FORMS, TEXT_KIND
 from natgrad.sources.scalars.update_records import TRAINER_STATE, read_trainer_state
-from natgrad.sources.scalars.wandb_file import read_wandb_run, wandb_files
+from natgrad.sources.scalars.wandb_file import read_wandb_configuration, read_wandb_run, wandb_files
 from natgrad.sources.step_names import AUTOMATIC, Naming, role_of
 from natgrad.sources.steps import LoggedStep
 from natgrad.storage import LocalStorage, NotRegularError, Storage
@@ -529,7 +536,7 @@ _BUILT_IN: dict[str, Format] = {
             "wandb",
             "one W&B file run-<id>.wandb, the folder of the run that contains it, or the folder wandb of all runs; "
             "does not need wandb",
-            ScalarKind("a W&B run file", wandb_files, read_wandb_run),
+            ScalarKind("a W&B run file", wandb_files, read_wandb_run, configuration=read_wandb_configuration),
             gives="; for several runs, the one selected with --map run=ID",
             lacks="; runs that exist only on the W&B server",
         ),
@@ -547,7 +554,13 @@ _BUILT_IN: dict[str, Format] = {
         _scalar_format(
             "mlflow",
             "the file store of MLflow: the folder mlruns, or that of an experiment, of a run or of its metrics",
-            ScalarKind("a file store of MLflow", metric_files, read_metric_file, step="step"),
+            ScalarKind(
+                "a file store of MLflow",
+                metric_files,
+                read_metric_file,
+                step="step",
+                configuration=read_parameters,
+            ),
             gives="; for several runs, the one selected with --map run=ID",
         ),
         _scalar_format(
@@ -558,6 +571,7 @@ _BUILT_IN: dict[str, Format] = {
                 _find_database(DATABASE_COLUMNS),
                 read_database,
                 step="step",
+                configuration=read_database_parameters,
             ),
             gives="; for several runs, the one selected with --map run=ID",
         ),

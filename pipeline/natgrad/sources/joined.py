@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from natgrad.schema.configuration import Scalar
 from natgrad.schema.errors import InputError
 from natgrad.schema.logs import logger
 from natgrad.schema.names import REPLICATE_LOSS, REPLICATE_STATES, SKIPPED, STATES
@@ -21,6 +22,7 @@ from natgrad.sources.base import (
     StepReader,
     Unshaped,
 )
+from natgrad.sources.configuration import configuration_of
 from natgrad.sources.names import STATE_QUANTITIES
 from natgrad.sources.optimizers.state import OptimizerState
 from natgrad.sources.scalars.scalar_log import ScalarLog
@@ -171,6 +173,14 @@ class JoinedSource:
         with ExitStack() as stack:
             readers = [stack.enter_context(part.source.open(own)) for part, own in parts]
             yield _JoinedStep(step, parts, readers)
+
+    def configuration(self, step: LoggedStep, notes: list[str]) -> dict[str, Scalar]:
+        """Return the configuration of a run from all sources; see `natgrad.sources.configuration.Configured`."""
+        found: dict[str, Scalar] = {}
+        sources = {id(part.source): (part.source, own) for part, own in self._steps[step.number]}
+        for source, own in sources.values():
+            found = configuration_of(source, own, notes) | found
+        return found
 
 
 def _parts(source: Source, shift: Mapping[str, int]) -> list[_Part]:

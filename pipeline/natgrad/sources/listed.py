@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from natgrad.schema.configuration import Scalar
 from natgrad.schema.errors import InputError
 from natgrad.sources.base import Source, StepReader
 from natgrad.sources.changes import changed_lately, files_of, identity
 from natgrad.sources.checkpoints.stacked_file import KeptOpen
+from natgrad.sources.configuration import configuration_of
 from natgrad.sources.steps import ListingChanged, LoggedStep, vanished
 
 __all__ = ["ListedLog", "OpenedOnce"]
@@ -68,6 +70,10 @@ class ListedLog(KeptOpen):
                     identities[step] = identity(step)
         self._identities = identities
         return sorted(identities, key=lambda step: (step.run, step.number))
+
+    def configuration(self, step: LoggedStep, notes: list[str]) -> dict[str, Scalar]:
+        """Return the configuration of a run; see `natgrad.sources.configuration.Configured`."""
+        return configuration_of(self._log, step, notes)
 
     def identity(self, step: LoggedStep) -> dict[str, Any]:
         """Return the identity of a step when it was listed; see `natgrad.sources.changes.identity`."""

@@ -14,6 +14,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from natgrad.schema.configuration import Scalar
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import STORAGE_DTYPES
 from natgrad.schema.names import REPLICATE_LOSS, REPLICATE_STATES, REPLICATES, SCALARS, STATES
@@ -392,6 +393,10 @@ class NamedStep:
     def keys(self) -> dict[str, LoggedTensor | float]:
         """Return all tensors and numbers; see `natgrad.sources.base.Keyed`."""
         return {**self._container.tensors, **self._container.numbers}
+
+    def configuration(self) -> dict[str, Scalar]:
+        """Return the plain values of the configuration of the run by key, if the step contains it."""
+        return self._container.configuration()
 
     def content(self) -> StepContent:
         """Describe the step.

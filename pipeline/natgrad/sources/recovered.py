@@ -15,10 +15,12 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from natgrad.schema.configuration import Scalar
 from natgrad.schema.errors import InputError
 from natgrad.schema.names import RECOVERY, STATES
 from natgrad.sources.base import Ranged, Source, StepContent, StepReader
 from natgrad.sources.byte_ranges import ByteRange, Placement
+from natgrad.sources.configuration import configuration_of
 from natgrad.sources.optimizers.recovery import GRADES, RULE_NAMES, NotInvertible, TensorUpdate, keeps_state
 from natgrad.sources.optimizers.state import OptimizerState
 from natgrad.sources.steps import LoggedStep, LoggedTensor, Unreadable, where
@@ -98,6 +100,10 @@ class Recovered:
                     opened = stack.enter_context(self._source.open(following))
                     after = _Next(following, opened, opened.content())
             yield _RecoveredStep(step, reader, after, self._largest_span)
+
+    def configuration(self, step: LoggedStep, notes: list[str]) -> dict[str, Scalar]:
+        """Return the configuration of a run; see `natgrad.sources.configuration.Configured`."""
+        return configuration_of(self._source, step, notes)
 
 
 @dataclass(frozen=True)

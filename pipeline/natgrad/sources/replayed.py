@@ -19,12 +19,14 @@ import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
 
+from natgrad.schema.configuration import Scalar
 from natgrad.schema.errors import InputError
 from natgrad.schema.logs import logger
 from natgrad.schema.names import HESSIAN_NUMBERS, STATES, USUAL_SCALARS, WEIGHT_DECAY, ledger_vectors
 from natgrad.sources.base import ReaderByArray, Source, StepContent, StepReader
 from natgrad.sources.changes import identity
 from natgrad.sources.checkpoints.safetensors_file import SafetensorsFile
+from natgrad.sources.configuration import configuration_of
 from natgrad.sources.named_step import NamedStep
 from natgrad.sources.names import NATIVE
 from natgrad.sources.steps import LoggedStep, LoggedTensor, NotYet, where
@@ -200,6 +202,10 @@ class Replayed:
             reader = stack.enter_context(self._source.open(original))
             is_last = step == next(reversed(self._original))
             yield _ReducedStep(original, reader, self._replays, found[own], own=own, is_last=is_last)
+
+    def configuration(self, step: LoggedStep, notes: list[str]) -> dict[str, Scalar]:
+        """Return the configuration of a run; see `natgrad.sources.configuration.Configured`."""
+        return configuration_of(self._source, self._original[step], notes)
 
 
 class _ReplayedStep(ReaderByArray):

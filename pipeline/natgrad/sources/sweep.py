@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 
+from natgrad.schema.configuration import Scalar
 from natgrad.sources.base import Source, StepReader
+from natgrad.sources.configuration import configuration_of
 from natgrad.sources.steps import LoggedStep
 from natgrad.storage import Storage
 
@@ -34,3 +36,7 @@ class Sweep:
     def open(self, step: LoggedStep) -> AbstractContextManager[StepReader]:
         """Open a step with the log of its run; see `natgrad.sources.base.Source`."""
         return self._runs[step.run].open(step)
+
+    def configuration(self, step: LoggedStep, notes: list[str]) -> dict[str, Scalar]:
+        """Return the configuration of the run of a step; see `natgrad.sources.configuration.Configured`."""
+        return configuration_of(self._runs[step.run], step, notes)

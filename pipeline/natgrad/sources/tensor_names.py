@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from natgrad.schema.configuration import Scalar
 from natgrad.schema.names import REPLICATE_STATES, STATES
 from natgrad.sources.base import Ranged, Recorded, Source, StepContent, StepReader
 from natgrad.sources.byte_ranges import ByteRange, Placement
+from natgrad.sources.configuration import configuration_of
 from natgrad.sources.names import SINGLE_ARRAY
 from natgrad.sources.steps import LoggedStep, LoggedTensor
 from natgrad.storage import Storage
@@ -110,6 +112,10 @@ class MatchedNames:
         """Open a step; see `natgrad.sources.base.Source`."""
         with self._source.open(step) as reader:
             yield _MatchedStep(reader)
+
+    def configuration(self, step: LoggedStep, notes: list[str]) -> dict[str, Scalar]:
+        """Return the configuration of a run; see `natgrad.sources.configuration.Configured`."""
+        return configuration_of(self._source, step, notes)
 
 
 class _MatchedStep:

@@ -32,6 +32,9 @@ _VERIFICATION = "verified"
 _PROVISIONAL = "provisional"
 """Name of the record of a provisional state, which the next commit replaces."""
 
+_CONFIGURATION = "configuration"
+"""Name of the record of the configurations of the runs."""
+
 _DROPPED = "dropped"
 """Name of the record of states whose elements were removed."""
 
@@ -201,6 +204,14 @@ class Journal:
         if not self.has(_DROPPED):
             return []
         return [(int(start), int(stop)) for start, stop in self.read(_DROPPED)["states"]]
+
+    def write_configurations(self, configurations: Mapping[str, Mapping[str, Any]]) -> None:
+        """Record the configuration of each run."""
+        self.write(_CONFIGURATION, {"runs": configurations})
+
+    def read_configurations(self) -> dict[str, dict[str, Any]]:
+        """Return the configuration of each run that has one."""
+        return dict(self.read(_CONFIGURATION)["runs"]) if self.has(_CONFIGURATION) else {}
 
     def clear(self) -> None:
         """Remove incomplete records that a killed writer left."""

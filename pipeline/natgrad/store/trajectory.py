@@ -541,6 +541,20 @@ class Trajectory(States):
 
     # Verification -------------------------------------------------------------------------------------------
 
+    def configurations(self) -> dict[str, dict[str, Any]]:
+        """Return the plain values of the logged configuration by key, for each run that has one.
+
+        The name of the only run of a trajectory that is not a sweep is empty.
+        """
+        return self.journal.read_configurations()
+
+    def record_configurations(self, found: Mapping[str, Mapping[str, Any]]) -> None:
+        """Record the configurations of runs. A run without a new one keeps that of its previous attempt."""
+        known = self.configurations()
+        new = known | {run: dict(values) for run, values in found.items() if values}
+        if new != known:
+            self.journal.write_configurations(new)
+
     def record_verification(self, time: str) -> None:
         """Record that all committed states match their checksums; see `natgrad.schema.times.now`."""
         described = {"states": self.n_states, "fixed": self.n_fixed, "provisional": self._provisional_seal}

@@ -13,6 +13,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from natgrad.schema.configuration import Scalar
 from natgrad.schema.errors import InputError
 from natgrad.sources.bounds import Budget
 from natgrad.sources.byte_ranges import ByteRange
@@ -148,6 +149,10 @@ class MegatronFolder(Container):
         """Return where the elements of a tensor are; see `natgrad.sources.base.Ranged`."""
         file, inner = self._origins[key]
         return file.ranges(inner)
+
+    def configuration(self) -> dict[str, Scalar]:
+        """Return the configuration of the run; see `natgrad.sources.container.Container`."""
+        return next(iter(self._origins.values()))[0].configuration() if self._origins else {}
 
     def close(self) -> None:
         """Close the files."""

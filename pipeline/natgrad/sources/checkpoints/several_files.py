@@ -9,6 +9,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from natgrad.schema.configuration import Scalar
 from natgrad.sources.bounds import JSON_LIMIT, Budget, parse_json, read_limited, shown
 from natgrad.sources.byte_ranges import ByteRange
 from natgrad.sources.checkpoints.pickle_data import flatten
@@ -38,6 +39,7 @@ class SeveralFiles(Container):
     def __init__(self, step: LoggedStep) -> None:
         super().__init__(step)
         self._origins: dict[str, tuple[Container, str]] = {}
+        self._parts: list[Container] = []
         self._stack = ExitStack()
 
     def include(self, container: Container, role: str = "", rename: Callable[[str], str] | None = None) -> None:
@@ -58,6 +60,7 @@ class SeveralFiles(Container):
             If two files contain a tensor under the same key.
         """
         self._stack.push(container)
+        self._parts.append(container)
         rename = rename or (lambda key: key)
         # Every file has paid for its own description.
         self.budget = Budget(self.budget.size + container.budget.size)
@@ -84,6 +87,10 @@ class SeveralFiles(Container):
         """Return where the elements of a tensor are; see `natgrad.sources.base.Ranged`."""
         container, inner = self._origins[key]
         return container.ranges(inner)
+
+    def configuration(self) -> dict[str, Scalar]:
+        """Return the configuration of the run; see `natgrad.sources.container.Container`."""
+        return {key: value for part in self._parts for key, value in part.configuration().items()}
 
     def close(self) -> None:
         """Close the files."""

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from natgrad.schema.configuration import Scalar
 from natgrad.schema.errors import InputError
 from natgrad.schema.logs import logger
 from natgrad.sources.base import StepReader
@@ -17,6 +18,7 @@ from natgrad.sources.checkpoints.npz_file import NpzFile
 from natgrad.sources.checkpoints.safetensors_file import SafetensorsFile
 from natgrad.sources.checkpoints.several_files import SeveralFiles
 from natgrad.sources.checkpoints.zip_members import first_member
+from natgrad.sources.configuration import beside, read_or_note
 from natgrad.sources.container import Container, first_bytes, read_errors
 from natgrad.sources.named_step import NamedStep
 from natgrad.sources.names import CHECKPOINT, NATIVE, Names
@@ -348,6 +350,15 @@ class StepFolder:
             return self._open_files(step, kind.names)
         names = kind.names.of_file(step.storage.name) if kind.suffixes else kind.names
         return NamedStep(kind.open(step, names), names)
+
+    def configuration(self, step: LoggedStep, notes: list[str]) -> dict[str, Scalar]:
+        """Return the configuration in files beside the step, and in the step itself; see `Configured`."""
+
+        def saved() -> dict[str, Scalar]:
+            with self.open(step) as reader:
+                return reader.configuration() if isinstance(reader, NamedStep) else {}
+
+        return {**beside(self.location, step, notes), **read_or_note(saved, step.storage, notes)}
 
     def _open_files(self, step: LoggedStep, names: Names) -> NamedStep:
         """Open a step that consists of several files."""

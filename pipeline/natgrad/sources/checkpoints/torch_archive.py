@@ -15,14 +15,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from natgrad.schema.configuration import Scalar, flat_configuration
 from natgrad.sources.bounds import Budget, integer, shape_of, shown
 from natgrad.sources.byte_ranges import ByteRange
 from natgrad.sources.checkpoints import pickle_data
 from natgrad.sources.checkpoints.pickle_data import Attributes, Global, Record, Skipped
 from natgrad.sources.checkpoints.zip_members import open_archive, stored_start
 from natgrad.sources.container import Container, Region, UnreadObject, read_errors
-from natgrad.sources.steps import LoggedStep
-from natgrad.storage import open_regular
+from natgrad.sources.steps import LoggedStep, local_file
+from natgrad.storage import Storage, open_regular
 
 __all__ = [
     "METADATA_FUNCTIONS",
@@ -36,6 +37,7 @@ __all__ = [
     "TorchTensor",
     "flat_numbers",
     "group_texts",
+    "saved_object",
     "to_float",
     "unread_objects",
 ]
@@ -47,6 +49,9 @@ _BYTES_LIMIT = 1 << 10
 _ARCHIVE_OPERATIONS = 200
 _KFAC_OPTIONS = ("/use_exact_damping", "/use_heuristic_damping")
 _FORM = "a torch archive"
+
+_CONFIGURATIONS = ("hyper_parameters", "config", "cfg", "configuration", "args", "hparams")
+"""Keys under which trainers save the configuration of a run with its state."""
 
 TORCH_DTYPES: dict[str, tuple[str, int]] = {
     "float64": ("float64", 8),
@@ -293,6 +298,8 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "collections.defaultdict": lambda *_: {},
     **SCALAR_FUNCTIONS,
     "argparse.Namespace": lambda *_: Record("argparse.Namespace"),
+    "types.SimpleNamespace": lambda *_: Record("types.SimpleNamespace"),
+    "transformers.training_args.TrainingArguments": lambda *_: Record("TrainingArguments"),
     "pytorch_optimizer.optimizer.utils.preconditioner.PreConditioner": lambda: Attributes("PreConditioner"),
 }
 for _package in ("torch.distributed.tensor", "torch.distributed._tensor"):
@@ -483,6 +490,14 @@ class TorchFile(Container):
         """Return the leaves of the saved object by their keys; see `TorchArchive`."""
         return self._archive.leaves()
 
+    def configuration(self) -> dict[str, Scalar]:
+        """Return the configuration of the run, if it is saved with the state."""
+        tree = self.tree if isinstance(self.tree, dict) else {}
+        found: dict[str, Scalar] = {}
+        for name in _CONFIGURATIONS:
+            found = flat_configuration(_attributes(tree.get(name))) | found
+        return found
+
     def read_part(self, tensor: TorchTensor, key: str, start: int, out: NDArray[Any]) -> None:
         """Read elements of a tensor from `leaves` into a buffer; see `natgrad.sources.base.StepReader`."""
         with read_errors(self.step, _FORM, key):
@@ -507,6 +522,25 @@ class TorchFile(Container):
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+
+def saved_object(file: Storage) -> Any:
+    """Return the attributes or the items of an object in a file of ``torch.save``, such as ``training_args.bin``.
+
+    Raises
+    ------
+    ValueError, zipfile.BadZipFile, OSError
+        If the file is not a torch archive, or not local.
+    """
+    descriptor = open_regular(local_file(file))
+    try:
+        return _attributes(TorchArchive(Region(descriptor)).tree)
+    finally:
+        os.close(descriptor)
+
+
+def _attributes(item: Any) -> Any:
+    return item.state if isinstance(item, Record) else item
 
 
 def flat_numbers(leaves: Iterable[tuple[str, Any]], known: Collection[str] = ()) -> dict[str, float]:

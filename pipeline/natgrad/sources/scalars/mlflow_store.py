@@ -10,16 +10,25 @@ import math
 from itertools import islice
 from typing import Any
 
+from natgrad.sources.bounds import read_limited
 from natgrad.sources.scalars.columns import RUN_KEY, Batch, Decoded, columns_by_name
 from natgrad.sources.scalars.record_files import Wanted, complete_blocks, table_rows
 from natgrad.storage import Storage
 
-__all__ = ["DATABASE_COLUMNS", "metric_files", "read_database", "read_metric_file"]
+__all__ = [
+    "DATABASE_COLUMNS",
+    "metric_files",
+    "read_database",
+    "read_database_parameters",
+    "read_metric_file",
+    "read_parameters",
+]
 
 DATABASE_COLUMNS = frozenset({"key", "value", "run_uuid", "step", "is_nan"})
 """Columns of the table ``metrics`` that are read."""
 
-_METRICS, _RUN_FILE = "metrics", "meta.yaml"
+_METRICS, _PARAMETERS, _RUN_FILE = "metrics", "params", "meta.yaml"
+_TEXT_LIMIT = 1 << 16
 _ROWS = 1 << 9
 """Rows of a database that are decoded together."""
 _LARGEST = 1.7976931348623157e308
@@ -59,6 +68,25 @@ def read_metric_file(log: Storage, wanted: Wanted, notes: list[str]) -> Decoded:
         columns = {RUN_KEY: [folder.parent.name] * len(rows), "step": steps, key: values}
         yield Batch(len(rows), columns, range(number, number + len(rows)))
         number += len(rows)
+
+
+def read_parameters(log: Storage) -> dict[str, dict[str, Any]]:
+    """Return the parameters of the run of a metric, each of which is a file."""
+    folder = log.parent
+    while folder.name != _METRICS or not (folder.parent / _RUN_FILE).exists():
+        folder = folder.parent
+    parameters = folder.parent / _PARAMETERS
+    names = parameters.walk() if parameters.is_folder() else []
+    return {folder.parent.name: {name: read_limited(parameters / name, _TEXT_LIMIT).decode() for name in names}}
+
+
+def read_database_parameters(log: Storage) -> dict[str, dict[str, Any]]:
+    """Return the rows of the table ``params``, by run."""
+    found: dict[str, dict[str, Any]] = {}
+    with table_rows(log, DATABASE_COLUMNS, "SELECT run_uuid, key, value FROM params ORDER BY rowid") as rows:
+        for run, key, value in rows:
+            found.setdefault(str(run), {})[str(key)] = value
+    return found
 
 
 def read_database(log: Storage, wanted: Wanted, notes: list[str]) -> Decoded:

@@ -7,15 +7,18 @@ import re
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from natgrad.schema.configuration import Scalar, flat_configuration
 from natgrad.schema.errors import InputError
 from natgrad.schema.names import HESSIAN_NUMBERS, SCALARS
 from natgrad.sources.base import StepContent
 from natgrad.sources.changes import change_time, changed_lately
+from natgrad.sources.configuration import beside, read_or_note
 from natgrad.sources.container import READ_ERRORS, not_regular, reason_of
 from natgrad.sources.names import SCALAR_LOG_QUANTITIES
 from natgrad.sources.scalars.columns import (
@@ -111,6 +114,8 @@ class Kind:
         Key of the step, if the format defines one.
     single : bool
         Most writers of this format store single precision.
+    configuration : callable
+        Function of a file of the log that returns the configuration of each run, by the name in its records.
     of_line : callable, optional
         For text: function of the form of its lines and of the key of the step that returns the decoder to use.
     """
@@ -120,6 +125,7 @@ class Kind:
     decode: Decoder
     step: str = ""
     single: bool = False
+    configuration: Callable[[Storage], Mapping[str, Mapping[str, Any]]] = lambda file: {}
     of_line: Callable[[str, str], Decoder] | None = None
 
 
@@ -201,6 +207,15 @@ class ScalarLog:
     def open(self, step: LoggedStep) -> _Scalars:
         """Open a step; see `natgrad.sources.base.Source`."""
         return _Scalars(StepContent({}, self._read().scalars(step.number), notes=tuple(self._notes)))
+
+    def configuration(self, step: LoggedStep, notes: list[str]) -> dict[str, Scalar]:
+        """Return the configuration of the run; see `natgrad.sources.configuration.Configured`."""
+        found = beside(self.location, step, notes)
+        for file in self._files():
+            for run, own in read_or_note(partial(self._kind.configuration, file), file, notes).items():
+                if self._mapping.get("run", run) == run:
+                    found |= flat_configuration(own)
+        return found
 
     def keys(self) -> dict[str, float]:
         """Return the first number under each key; see `natgrad.sources.base.Keyed`. Only some records are read."""

@@ -23,7 +23,7 @@ from natgrad.sources.scalars.json_records import json_numbers
 from natgrad.sources.scalars.protocol_buffer import BYTES, FIXED64, VARINT, Fields, fields, fields_of_all, in_groups
 from natgrad.storage import NotRegularError, Storage
 
-__all__ = ["WANDB_START", "read_wandb", "read_wandb_run", "wandb_files"]
+__all__ = ["WANDB_START", "read_wandb", "read_wandb_configuration", "read_wandb_run", "wandb_files"]
 
 WANDB_START = b":W&B\xe1\xbe\x00"
 """First bytes of a file: magic number, and version of the layout."""
@@ -39,6 +39,7 @@ _CELLS = 4
 """Cells of a batch for each item of its records, above which the records are decoded one by one."""
 
 _HISTORY, _ITEM, _STEP, _NUMBER = 2, 1, 2, 1
+_CONFIGURATION, _RUN, _RUN_CONFIGURATION, _UPDATE = 5, 17, 4, 1
 _KEY, _NESTED_KEY, _INTEGER, _FLOAT, _JSON = 1, 2, 5, 6, (8, 16)
 
 
@@ -255,6 +256,21 @@ def _same_step(first: Any, second: int | None) -> Any:
     if first != second:
         raise ValueError("a record has two steps")
     return first
+
+
+def read_wandb_configuration(log: Storage) -> dict[str, dict[str, Any]]:
+    """Return the configuration of a run, from its start and from later changes."""
+    found: dict[str, Any] = {}
+    for record in _records(log, []):
+        for number, kind, value in fields(record):
+            if (number, kind) == (_RUN, BYTES):
+                changes = [part for field, _, part in fields(value) if field == _RUN_CONFIGURATION]
+            else:
+                changes = [value] if (number, kind) == (_CONFIGURATION, BYTES) else []
+            for change in changes:
+                items = [_item(item) for field, _, item in fields(change) if field == _UPDATE]
+                found |= {key: read() for key, read in items}
+    return {log.stem.removeprefix("run-"): found}
 
 
 def _history(data: bytes, wanted: Callable[[str], bool]) -> dict[str, Any]:
