@@ -22,7 +22,7 @@ from natgrad.sources.base import (
     StepReader,
     Unshaped,
 )
-from natgrad.sources.configuration import configuration_of
+from natgrad.sources.configured import configuration_of
 from natgrad.sources.names import STATE_QUANTITIES
 from natgrad.sources.optimizers.state import OptimizerState
 from natgrad.sources.scalars.scalar_log import ScalarLog
@@ -175,7 +175,7 @@ class JoinedSource:
             yield _JoinedStep(step, parts, readers)
 
     def configuration(self, step: LoggedStep, notes: list[str]) -> dict[str, Scalar]:
-        """Return the configuration of a run from all sources; see `natgrad.sources.configuration.Configured`."""
+        """Return the configuration of a run from all sources; see `natgrad.sources.configured.Configured`."""
         found: dict[str, Scalar] = {}
         sources = {id(part.source): (part.source, own) for part, own in self._steps[step.number]}
         for source, own in sources.values():

@@ -15,7 +15,7 @@ from natgrad.schema.errors import InputError
 from natgrad.sources.base import Source, StepReader
 from natgrad.sources.changes import changed_lately, files_of, identity
 from natgrad.sources.checkpoints.stacked_file import KeptOpen
-from natgrad.sources.configuration import configuration_of
+from natgrad.sources.configured import configuration_of
 from natgrad.sources.steps import ListingChanged, LoggedStep, vanished
 
 __all__ = ["ListedLog", "OpenedOnce"]
@@ -72,7 +72,7 @@ class ListedLog(KeptOpen):
         return sorted(identities, key=lambda step: (step.run, step.number))
 
     def configuration(self, step: LoggedStep, notes: list[str]) -> dict[str, Scalar]:
-        """Return the configuration of a run; see `natgrad.sources.configuration.Configured`."""
+        """Return the configuration of a run; see `natgrad.sources.configured.Configured`."""
         return configuration_of(self._log, step, notes)
 
     def identity(self, step: LoggedStep) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from natgrad.schema.errors import InputError
 from natgrad.schema.names import RECOVERY, STATES
 from natgrad.sources.base import Ranged, Source, StepContent, StepReader
 from natgrad.sources.byte_ranges import ByteRange, Placement
-from natgrad.sources.configuration import configuration_of
+from natgrad.sources.configured import configuration_of
 from natgrad.sources.optimizers.recovery import GRADES, RULE_NAMES, NotInvertible, TensorUpdate, keeps_state
 from natgrad.sources.optimizers.state import OptimizerState
 from natgrad.sources.steps import LoggedStep, LoggedTensor, Unreadable, where
@@ -102,7 +102,7 @@ class Recovered:
             yield _RecoveredStep(step, reader, after, self._largest_span)
 
     def configuration(self, step: LoggedStep, notes: list[str]) -> dict[str, Scalar]:
-        """Return the configuration of a run; see `natgrad.sources.configuration.Configured`."""
+        """Return the configuration of a run; see `natgrad.sources.configured.Configured`."""
         return configuration_of(self._source, step, notes)
 
 

@@ -26,7 +26,7 @@ from natgrad.schema.names import HESSIAN_NUMBERS, STATES, USUAL_SCALARS, WEIGHT_
 from natgrad.sources.base import ReaderByArray, Source, StepContent, StepReader
 from natgrad.sources.changes import identity
 from natgrad.sources.checkpoints.safetensors_file import SafetensorsFile
-from natgrad.sources.configuration import configuration_of
+from natgrad.sources.configured import configuration_of
 from natgrad.sources.named_step import NamedStep
 from natgrad.sources.names import NATIVE
 from natgrad.sources.steps import LoggedStep, LoggedTensor, NotYet, where
@@ -204,7 +204,7 @@ class Replayed:
             yield _ReducedStep(original, reader, self._replays, found[own], own=own, is_last=is_last)
 
     def configuration(self, step: LoggedStep, notes: list[str]) -> dict[str, Scalar]:
-        """Return the configuration of a run; see `natgrad.sources.configuration.Configured`."""
+        """Return the configuration of a run; see `natgrad.sources.configured.Configured`."""
         return configuration_of(self._source, self._original[step], notes)
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from natgrad.schema.configuration import Scalar
 from natgrad.sources.base import Source, StepReader
-from natgrad.sources.configuration import configuration_of
+from natgrad.sources.configured import configuration_of
 from natgrad.sources.steps import LoggedStep
 from natgrad.storage import Storage
 
@@ -38,5 +38,5 @@ class Sweep:
         return self._runs[step.run].open(step)
 
     def configuration(self, step: LoggedStep, notes: list[str]) -> dict[str, Scalar]:
-        """Return the configuration of the run of a step; see `natgrad.sources.configuration.Configured`."""
+        """Return the configuration of the run of a step; see `natgrad.sources.configured.Configured`."""
         return configuration_of(self._runs[step.run], step, notes)

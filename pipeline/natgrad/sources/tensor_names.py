@@ -16,7 +16,7 @@ from natgrad.schema.configuration import Scalar
 from natgrad.schema.names import REPLICATE_STATES, STATES
 from natgrad.sources.base import Ranged, Recorded, Source, StepContent, StepReader
 from natgrad.sources.byte_ranges import ByteRange, Placement
-from natgrad.sources.configuration import configuration_of
+from natgrad.sources.configured import configuration_of
 from natgrad.sources.names import SINGLE_ARRAY
 from natgrad.sources.steps import LoggedStep, LoggedTensor
 from natgrad.storage import Storage
@@ -114,7 +114,7 @@ class MatchedNames:
             yield _MatchedStep(reader)
 
     def configuration(self, step: LoggedStep, notes: list[str]) -> dict[str, Scalar]:
-        """Return the configuration of a run; see `natgrad.sources.configuration.Configured`."""
+        """Return the configuration of a run; see `natgrad.sources.configured.Configured`."""
         return configuration_of(self._source, step, notes)
 
 

@@ -12,6 +12,7 @@ from lazy import Lazy
 from logs import write_log
 from natgrad.schema.errors import InputError
 from natgrad.sources.completion import complete
+from natgrad.sources.configured import configuration_of
 from natgrad.sources.formats import FORMATS
 from natgrad.store import open_trajectory
 from opened import ingest, open_source
@@ -120,6 +121,18 @@ def test_a_trainer_folder_reproduces_the_training_run(tmp_path, trained):
     assert found(folder) == "huggingface"
     native = write_log(tmp_path / "log", list(states_with_scalars(folder, states)), numbers=list(states))
     assert ledger_of(tmp_path / "hf", [folder]) == ledger_of(tmp_path / "native", [native])
+
+
+def test_the_arguments_of_the_trainer_and_the_configuration_of_the_model_are_read(trained):
+    source, notes = open_source(trained[0]), []
+    values = configuration_of(source, source.steps()[-1], notes)
+    assert notes == []
+    assert (values["max_steps"], values["per_device_train_batch_size"], values["learning_rate"]) == (
+        UPDATES,
+        2,
+        5e-5,
+    )
+    assert (values["n_embd"], values["vocab_size"]) == (8, 17)
 
 
 def test_the_rate_logged_at_a_step_is_that_of_the_update_to_it(trained):

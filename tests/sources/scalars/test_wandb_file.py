@@ -16,7 +16,8 @@ from test_protocol_buffer import field
 from test_scalar_log import read_all, run_without_scalars, settled, stored
 
 from natgrad.schema.errors import InputError
-from natgrad.sources.opening import format_of
+from natgrad.sources.configured import configuration_of
+from natgrad.sources.opening import format_of, open_log
 from natgrad.sources.scalars.columns import each_record
 from natgrad.sources.scalars.protocol_buffer import BYTES, FIXED64, VARINT
 from natgrad.sources.scalars.wandb_file import WANDB_START, read_wandb, wandb_files
@@ -29,7 +30,9 @@ import json, sys
 import wandb
 
 settings = wandb.Settings(console="off", x_disable_stats=True, x_disable_meta=True)
-run = wandb.init(mode="offline", project="any", dir=sys.argv[1], settings=settings)
+config = {"optimizer": {"lr": 1e-3}, "seed": 3}
+run = wandb.init(mode="offline", project="any", dir=sys.argv[1], settings=settings, config=config)
+run.config.update({"late": True})
 print(run.settings.sync_file, flush=True)
 for line in sys.stdin:
     run.log(json.loads(line))
@@ -96,6 +99,13 @@ def test_nested_keys_are_joined_and_the_wandb_step_is_present(file):
     assert [record["train/global_step"] for record in records] == list(range(STEPS))
     assert records[0]["picture/size"] == [1, 2]
     assert records[3].get("lr") is None
+
+
+def test_the_configuration_of_a_run_is_read(file):
+    source = open_log(LocalStorage(file), mapping={"step": "train/global_step"})
+    notes = []
+    found = configuration_of(source, source.steps()[-1], notes)
+    assert (found, notes) == ({"optimizer.lr": 1e-3, "seed": 3, "late": True}, [])
 
 
 def test_a_growing_file_is_read_up_to_its_last_complete_record(copy, tmp_path):

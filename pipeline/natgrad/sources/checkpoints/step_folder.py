@@ -18,7 +18,7 @@ from natgrad.sources.checkpoints.npz_file import NpzFile
 from natgrad.sources.checkpoints.safetensors_file import SafetensorsFile
 from natgrad.sources.checkpoints.several_files import SeveralFiles
 from natgrad.sources.checkpoints.zip_members import first_member
-from natgrad.sources.configuration import beside, read_or_note
+from natgrad.sources.configured import beside, read_or_note
 from natgrad.sources.container import Container, first_bytes, read_errors
 from natgrad.sources.named_step import NamedStep
 from natgrad.sources.names import CHECKPOINT, NATIVE, Names
