@@ -1,4 +1,4 @@
-"""Test that configurations become plain values under flat keys, whatever they contain."""
+"""Test that configurations become plain values under flat keys, regardless of their contents."""
 
 import json
 from pathlib import Path

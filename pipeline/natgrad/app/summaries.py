@@ -127,7 +127,7 @@ class ComparisonSummary(Report):
     comparison: Comparison
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain values: one row for each run, differing option, and tensor with a large difference."""
+        """Return plain values: one row for each run, each difference, and each tensor with a large difference."""
         found = self.comparison
         tensors = found.tensors.sortby(-found.tensors["difference"].fillna(-1.0)).isel(tensor=slice(None, 10))
         runs = [str(run) for run in tensors["run"].values]
@@ -135,6 +135,7 @@ class ComparisonSummary(Report):
             "align": found.align,
             "runs": found.overview,
             "differing_options": [{"option": name, **values} for name, values in found.options.items()],
+            "differing_configuration": [{"key": name, **values} for name, values in found.configuration.items()],
             "differing_tensors": [
                 {
                     "tensor": str(name),

@@ -1,4 +1,4 @@
-"""Store what a user declares about a run in files beside its log."""
+"""Store what a user declares about a run in files next to its log."""
 
 from __future__ import annotations
 

@@ -249,6 +249,11 @@ def _run_content(run: RunResults, anchor: str) -> dict[str, Any]:
         "provenance": {
             name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)
             for name, value in ((name, _plain(value)) for name, value in run.attributes.items())
+            if name != "configuration"
+        },
+        "configuration": {
+            str(name): number(value) if isinstance(value, float) else str(value)
+            for name, value in dict(run.attributes.get("configuration", {})).items()
         },
     }
 

@@ -16,7 +16,7 @@ __all__ = ["CONFIGURATION_FILE", "Scalar", "declared_configuration", "flat_confi
 Scalar = bool | int | float | str
 
 CONFIGURATION_FILE = "configuration.json"
-"""File beside a log in which a recorder stores the configuration of the run."""
+"""File next to a log in which a recorder stores the configuration of the run."""
 
 _VALUES_LIMIT, _VISITS_LIMIT, _LEVELS_LIMIT = 1000, 20_000, 16
 _TEXT_LIMIT, _LIST_LIMIT = 200, 16

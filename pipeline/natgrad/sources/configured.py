@@ -1,4 +1,4 @@
-"""Read the configuration of a run where training programs store it: in files beside the log, or in the log itself.
+"""Read the configuration of a run where training programs store it: in files next to the log, or in the log itself.
 
 YAML is parsed without the tags of Python objects, and pickles are read as data, so nothing in a file is executed. A
 file that cannot be read costs only its values: the reason is a note, and the log is read nevertheless.
@@ -19,7 +19,7 @@ from natgrad.sources.container import READ_ERRORS, reason_of
 from natgrad.sources.steps import LoggedStep
 from natgrad.storage import LocalStorage, Storage, network_errors
 
-__all__ = ["Configured", "beside", "configuration_of", "read_or_note"]
+__all__ = ["Configured", "configuration_of", "nearby", "read_or_note"]
 
 Configuration = dict[str, Scalar]
 
@@ -59,7 +59,7 @@ def configuration_of(source: Source, step: LoggedStep, notes: list[str]) -> Conf
     Parameters
     ----------
     source : Source
-        Any log. One that is not `Configured` has its configuration in files beside it.
+        Any log. One that is not `Configured` has its configuration in files next to it.
     step : LoggedStep
         A step of the run, which may itself contain the configuration.
     notes : list of str
@@ -68,10 +68,10 @@ def configuration_of(source: Source, step: LoggedStep, notes: list[str]) -> Conf
     if isinstance(source, Configured):
         return source.configuration(step, notes)
     location = source.location
-    return beside(location if isinstance(location, Storage) else LocalStorage(location), step, notes)
+    return nearby(location if isinstance(location, Storage) else LocalStorage(location), step, notes)
 
 
-def beside(location: Storage, step: LoggedStep, notes: list[str]) -> Configuration:
+def nearby(location: Storage, step: LoggedStep, notes: list[str]) -> Configuration:
     """Return the values in the known files of a step, its log and its run. The nearest file with a key decides.
 
     Parameters

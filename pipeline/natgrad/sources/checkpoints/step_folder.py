@@ -18,7 +18,7 @@ from natgrad.sources.checkpoints.npz_file import NpzFile
 from natgrad.sources.checkpoints.safetensors_file import SafetensorsFile
 from natgrad.sources.checkpoints.several_files import SeveralFiles
 from natgrad.sources.checkpoints.zip_members import first_member
-from natgrad.sources.configured import beside, read_or_note
+from natgrad.sources.configured import nearby, read_or_note
 from natgrad.sources.container import Container, first_bytes, read_errors
 from natgrad.sources.named_step import NamedStep
 from natgrad.sources.names import CHECKPOINT, NATIVE, Names
@@ -352,13 +352,13 @@ class StepFolder:
         return NamedStep(kind.open(step, names), names)
 
     def configuration(self, step: LoggedStep, notes: list[str]) -> dict[str, Scalar]:
-        """Return the configuration in files beside the step, and in the step itself; see `Configured`."""
+        """Return the configuration in files next to the step, and in the step itself; see `Configured`."""
 
         def saved() -> dict[str, Scalar]:
             with self.open(step) as reader:
                 return reader.configuration() if isinstance(reader, NamedStep) else {}
 
-        return {**beside(self.location, step, notes), **read_or_note(saved, step.storage, notes)}
+        return {**nearby(self.location, step, notes), **read_or_note(saved, step.storage, notes)}
 
     def _open_files(self, step: LoggedStep, names: Names) -> NamedStep:
         """Open a step that consists of several files."""

@@ -18,7 +18,7 @@ from natgrad.schema.errors import InputError
 from natgrad.schema.names import HESSIAN_NUMBERS, SCALARS
 from natgrad.sources.base import StepContent
 from natgrad.sources.changes import change_time, changed_lately
-from natgrad.sources.configured import beside, read_or_note
+from natgrad.sources.configured import nearby, read_or_note
 from natgrad.sources.container import READ_ERRORS, not_regular, reason_of
 from natgrad.sources.names import SCALAR_LOG_QUANTITIES
 from natgrad.sources.scalars.columns import (
@@ -210,7 +210,7 @@ class ScalarLog:
 
     def configuration(self, step: LoggedStep, notes: list[str]) -> dict[str, Scalar]:
         """Return the configuration of the run; see `natgrad.sources.configured.Configured`."""
-        found = beside(self.location, step, notes)
+        found = nearby(self.location, step, notes)
         for file in self._files():
             for run, own in read_or_note(partial(self._kind.configuration, file), file, notes).items():
                 if self._mapping.get("run", run) == run:
