@@ -143,6 +143,7 @@ def test_gradients_of_different_objectives_have_different_sources():
         ({"a": tree([1])}, "step", "at least two runs, got 1"),
         ({"a": tree([1]), "b": tree([np.nan])}, "loss", "run b"),
         ({"a": tree([1]), "b": tree([1], [np.nan])}, "length", "run b"),
+        ({"a": tree([1]), "b": tree([])}, "length", "run b"),
         ({"a": tree([1]), "b": tree([1])}, "time", "unknown alignment 'time'"),
     ],
 )

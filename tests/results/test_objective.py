@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from test_dataset import quadratic_walk, table_of, walk
 
 from natgrad.results import dataset
-from natgrad.results.objective import Objective, objective_residual
+from natgrad.results.objective import Objective, loss_precision, objective_residual
 from natgrad.results.summary import overview
 from natgrad.schema.names import EVALUATIONS
 from natgrad.schema.variables import Status
@@ -105,6 +105,34 @@ def test_losses_with_few_decimals_that_hardly_change_prove_nothing():
     found = objective_of(table_of(rounded))
     assert (found.consistency, found.residual, found.updates) == ("undecided", None, 0)
     assert found.warnings() == []
+
+
+@pytest.mark.parametrize(
+    ("losses", "precision"),
+    [
+        ([1.25, 0.5, 3.75], (2.0**-8, 0.005)),
+        ([12.0, 3.0], (2.0**-8, 0.5)),
+        ([0.1, 0.73], (2.0**-53, 0.005)),
+        (list(np.float32([0.1, 0.7])), (2.0**-24, 0.0)),
+        ([0.1 + 1e-15, 0.7 / 3], (2.0**-53, 0.0)),
+    ],
+)
+def test_the_precision_of_losses_is_that_of_their_digits(losses, precision):
+    assert loss_precision(np.array(losses, float)) == precision
+
+
+@pytest.mark.parametrize(("multiple", "known"), [(32.5, True), (31.5, False)])
+def test_a_change_of_the_loss_is_significant_above_32_times_its_errors(multiple, known):
+    table = table_of(regression()[:2])
+    change = table.next_loss - table.loss
+    gradient, displacement, difference = (
+        table.vectors.index(name) for name in ("gradient", "displacement", "gradient_change")
+    )
+    terms = np.abs(table.gram[0, :, displacement, [gradient, difference]].sum(axis=-1)) * [1.0, 0.5]
+    scale = float(np.abs(change[0]) + terms.sum())
+    # The other errors are those of float64, and smaller by many orders of magnitude.
+    table = replace(table, loss_precision=(0.0, scale / multiple / 2))
+    assert np.isfinite(objective_residual(table)[0]) == known
 
 
 @pytest.mark.parametrize("lost", ["loss", "next_loss", "gradient_change", "time"])

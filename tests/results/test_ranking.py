@@ -84,6 +84,13 @@ def test_a_descent_or_window_that_does_not_exist_is_an_error(descent, window, te
         select(results, descent, window)
 
 
+def test_all_descents_and_windows_are_kept_and_results_without_these_dimensions_are_unchanged():
+    results = dataset(np.zeros((2, 3), int), np.ones((2, 3)))
+    xr.testing.assert_identical(select(results, None, None), results)
+    single = results.isel(descent=0, window=0)
+    xr.testing.assert_identical(select(single, "corrected", 20), single)
+
+
 def test_results_without_tensors_are_not_ranked():
     with pytest.raises(InputError, match="no dimension tensor"):
         rank_dataset(dataset(np.zeros((2, 3), int), np.ones((2, 3))).isel(tensor=0))

@@ -290,6 +290,10 @@ ACROSS = np.array([0.0, 4.0, 1.0, 0.0])
         ({"directions": ACROSS[:, None]}, "the directions span too little"),
         ({"alpha": 1.0, "directions": ACROSS[:, None], "weights": [-1.0]}, "smallest weight across g is -16"),
         ({"alpha": 1.0, "directions": np.eye(4)}, "direction 2 is not orthogonal to g: its cosine is 0.8"),
+        (
+            {"alpha": 1.0, "directions": np.stack([100 * ACROSS + np.eye(4)[2], np.eye(4)[2]], axis=1)},
+            "direction 1 is not orthogonal to g: its cosine is 0.8",
+        ),
         ({"alpha": 1.0, "directions": ACROSS}, r"invalid directions of shape \(4,\)"),
         ({"alpha": 1.0, "directions": np.nan * ACROSS[:, None]}, "pass finite columns"),
         (
