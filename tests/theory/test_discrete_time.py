@@ -40,9 +40,9 @@ def test_an_inaccurate_displacement_changes_the_correction_by_at_most_its_floor(
 
 def test_the_floor_of_a_correction_is_its_bound():
     pair = pair_of(np.array([3.0]), np.array([4.0]))
-    # k = (28 - 3 * 4) / 4^2 = 1, and k is off by at most (3 f + 1 (2 * 4 f + f^2)) / (4 - f)^2 = 12 / 9 for f = 1.
-    floor = discrete_time.correction_floor(pair, 1.0, -28.0, pair, (np.float64(2.0), np.float64(1.0)))
-    np.testing.assert_allclose(floor, 1.0 * 2.0 + 12 / 9 * (4.0 + 2.0), rtol=1e-15)
+    # k = (28 - 3 * 4) / 4^2 = 1, and k is off by at most (3 f + 1 (2 * 4 f + f^2)) / (4 - f)^2 = 26 / 4 for f = 2.
+    floor = discrete_time.correction_floor(pair, 1.0, -28.0, pair, (np.float64(1.0), np.float64(2.0)))
+    np.testing.assert_allclose(floor, 1.0 * 1.0 + 26 / 4 * (4.0 + 1.0), rtol=1e-15)
 
 
 @pytest.mark.parametrize("error", [1.0, 2.0])
