@@ -326,7 +326,7 @@ class Writer:
         checksums: dict[str, list[list[int]]] = {name: [[] for _ in new] for name in trajectory.dtypes}
         self._extremes = np.full((len(new), 2, len(trajectory.layout.tensors)), np.nan)
         self._eigenvalues = np.full((len(new), len(METRIC_EIGENVALUES), len(trajectory.layout.tensors)), np.nan)
-        self._recovery = [self._recovered(state) for state in new] if {*RECOVERY} & {*trajectory.tables} else []
+        self._recovery = [{} for _ in new]
         start, steps = trajectory.n_fixed, trajectory.chunk[0]
         position = 0
         while position < len(new):
@@ -380,13 +380,6 @@ class Writer:
                 count, first = self._copied.get(name, (0, state.step))
                 self._copied[name] = count + 1, first
         return found
-
-    def _recovered(self, state: NewState) -> Mapping[str, Mapping[str, float]]:
-        """Check the recovered gradients of a state, and return the numbers in `RECOVERY` by tensor."""
-        if state.repeats is not None:
-            return {}
-        with self._log.open(state.step) as reader:
-            return reader.recovery() if isinstance(reader, RecoveredGradients) else {}
 
     def _is_copied(self, position: int, name: str) -> bool:
         reference = self._references[position]
@@ -447,6 +440,7 @@ class Writer:
         """Read and write one row of chunks, column by column."""
         # A row of chunks covers ``count`` states: position is the index of its first state in new, start in the
         # store.
+        recovers, end = bool({*RECOVERY} & {*self._trajectory.tables}), self._trajectory.columns - 1
         with ExitStack() as stack:
             opened = _OpenSteps(self._log, stack)
             for column, names in itertools.product(range(self._trajectory.columns), self._together):
@@ -458,6 +452,9 @@ class Writer:
                             self._read_state(opened, new[position + row], position + row, name, column, row, sums)
                     if column == 0 and names is self._together[0]:
                         self._set_factored_metrics(opened, new[position + row], position + row)
+                    if recovers and column == end and names is self._together[-1]:
+                        # The gradients were checked while they were read.
+                        self._set_recovery(opened, new[position + row], position + row)
                 for name in names:
                     copied = [self._is_copied(position + row, name) for row in range(count)]
                     for first, last in contiguous(copied):
@@ -514,6 +511,11 @@ class Writer:
                     self._set_eigenvalues(tensor, position, known[metric], follows=metric.follows)
             except InputError as error:
                 self._record_unknown_metric(new.step, tensor, f"{metric.rule}: {error.what}")
+
+    def _set_recovery(self, opened: _OpenSteps, new: NewState, position: int) -> None:
+        """Check the recovered gradients of a state, and take the numbers in `RECOVERY`."""
+        if new.repeats is None and isinstance(reader := opened.get(new.step), RecoveredGradients):
+            self._recovery[position] = reader.recovery()
 
     def _set_rotated_metrics(self, new: NewState, position: int) -> None:
         """Compute the eigenvalues of the metrics of SOAP from the extremes of ``exp_avg_sq``."""

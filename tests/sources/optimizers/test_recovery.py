@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +13,7 @@ from natgrad.schema.errors import InputError
 from natgrad.sources.names import CHECKPOINT
 from natgrad.sources.optimizers.recovery import GRADES, RULE_NAMES
 from natgrad.sources.recovered import Recovered
-from optimizer_states import MemoryLog, errors, recovered, train
+from optimizer_states import MemoryLog, MemoryStep, errors, recovered, train
 
 torch = Lazy("torch")
 pytorch_optimizer = Lazy("pytorch_optimizer")
@@ -418,3 +419,29 @@ def test_a_tensor_is_recovered_in_slices_of_any_position():
     whole = recovered(MemoryLog(trees[:3]))[0][0]["0.weight"]
     np.testing.assert_array_equal(out, whole[11:18].astype(np.float32))
     assert np.linalg.norm(whole - truth[0]["0.weight"]) <= 1e-4 * np.linalg.norm(whole)
+
+
+@pytest.mark.parametrize("name", ["AdamW", "Adagrad", "Muon"])
+def test_gradients_that_were_read_are_not_computed_again_for_the_check(name, monkeypatch):
+    trees, *_ = run(name, "float32")
+    read = []
+    own = MemoryStep.read
+    monkeypatch.setattr(MemoryStep, "read", lambda *arguments: (read.append(arguments[1]), own(*arguments)))
+
+    def checked(stops):
+        source = Recovered(MemoryLog(trees[:2]))
+        with source.open(source.steps()[0]) as reader:
+            for tensor, logged in reader.content().arrays["gradient"].items():
+                out = np.empty(int(np.prod(logged.shape)), logged.dtype)
+                for start, stop in itertools.pairwise([0, *stops, len(out)] if stops is not None else []):
+                    reader.read("gradient", tensor, start, out[start:stop])
+            read.clear()
+            return reader.recovery()
+
+    alone = checked(None)
+    assert read
+    assert checked([]) == alone
+    assert not read
+    for figures, others in zip(alone.values(), checked([1, 2]).values(), strict=True):
+        assert others == pytest.approx(figures, rel=1e-12)  # sums of at most 96 terms, in another order
+    assert not read

@@ -201,6 +201,77 @@ class Check:
         return not self.difference
 
 
+class _Comparison:
+    """Sums over elements that compare the displacement of a recovered gradient with the logged one.
+
+    Parameters
+    ----------
+    rule : Rule
+    update : Update
+        With the context that the displacement needs.
+    checkable : bool
+        False if the displacement cannot be computed: then only the error bound of the gradient is known.
+    rate_doubt : float
+        Relative error of the gradient because the learning rate is not known exactly.
+    """
+
+    def __init__(self, rule: Rule, update: Update, *, checkable: bool, rate_doubt: float) -> None:
+        self._rule, self._update, self._checkable, self._rate_doubt = rule, update, checkable, rate_doubt
+        self._gradient, self._error, self._moved = 0.0, 0.0, 0.0
+        self._difference, self._allowed = 0.0, 0.0
+        self._moment_difference, self._moment_allowed, self._moment_change = 0.0, 0.0, 0.0
+        # The bias corrections, computed in the precision of the state, enlarge rounding errors.
+        betas = [beta for beta in ("beta1", "beta2") if update.options.get(beta) and not math.isnan(update.count)]
+        conditioning = 1.0 + sum(1.0 / update.correction(beta) for beta in betas)
+        self._relative = _CHECK_ROUNDINGS * update.state_roundoff * conditioning
+
+    def add(self, part: Slice, gradient: Array, bound: Array) -> None:
+        """Add elements, with their gradient and its error bound."""
+        rule, update = self._rule, self._update
+        self._gradient += _square(gradient)
+        self._error += _square(bound)
+        if not self._checkable:
+            return
+        predicted, moments = rule.displacement(update, part, gradient)
+        low, high = (rule.displacement(update, part, gradient + sign * bound)[0] for sign in (-1.0, 1.0))
+        explained = np.maximum(np.abs(high - predicted), np.abs(low - predicted))
+        explained += self._relative * np.abs(predicted)
+        # The parameters are rounded after the update, and before it by the factor of decoupled decay.
+        explained += 2.0 * update.parameter_roundoff * np.abs(part.next_parameter)
+        if update.decoupled and update.decay:
+            explained += 4.0 * update.parameter_roundoff * np.abs(part.parameter)
+        self._difference += _square(predicted - part.displacement)
+        self._allowed += _square(explained) + rule.slack**2 * _square(predicted)
+        self._moved += _square(part.displacement)
+        for array, values in moments.items():
+            saved, keep = part.after[array], update.options["beta2"]
+            kept = keep * part.before[array]
+            self._moment_difference += _square(values - saved)
+            self._moment_change += _square(saved - kept)
+            entered = rule.entered(update, part, gradient)
+            self._moment_allowed += _square(
+                _CHECK_ROUNDINGS * update.state_roundoff * (saved + kept)
+                + (1.0 - keep) * (2.0 * np.abs(entered) + bound) * bound
+            )
+
+    def result(self) -> Check:
+        """Return the check of the elements so far."""
+        error = _ratio(self._error, self._gradient) + self._rate_doubt
+        if not self._checkable:
+            return Check(error, math.nan, math.nan, NONE)
+        residual, rounding = _ratio(self._difference, self._moved), _ratio(self._allowed, self._moved)
+        other = _ratio(self._moment_difference, self._moment_change)
+        limit = _ratio(self._moment_allowed, self._moment_change)
+        grade = self._rule.strength(self._update) if max(rounding, limit) <= _VISIBLE else NONE
+        failed = ""
+        if residual > rounding:
+            failed = f"the displacements differ by {residual:.2g} of the logged one"
+        elif other > limit:
+            failed = f"the second moments differ by {other:.2g} of their change"
+        explained = f", and rounding explains {rounding if residual > rounding else limit:.2g}"
+        return Check(error, residual, rounding, grade, failed and failed + explained)
+
+
 class TensorUpdate:
     """Two states of a tensor and of its optimizer, k updates apart.
 
@@ -235,6 +306,7 @@ class TensorUpdate:
         self.rule, self._decoupled = identified(after)
         self.span = _updates(before, after, span)
         self._cached: Update | None = None
+        self._compared = 0
         if self.span < 1:
             return
         needed = self.rule.arrays(self._update(after.options, bool(self._decoupled)))
@@ -291,81 +363,61 @@ class TensorUpdate:
 
     def gradient(self, start: int, stop: int) -> Iterator[Array]:
         """Yield the gradient of elements ``start`` to ``stop``, slice by slice."""
-        with _diverged():
-            update = self._prepared
         for first in range(start, stop, _SLICE):
-            part = self._slice(first, min(first + _SLICE, stop))
             with _diverged():
-                values, _ = self.rule.gradient(update, part)
+                values = self._recovered(first, min(first + _SLICE, stop))
             yield values
 
     def check(self) -> Check:
-        """Compute the error bound of the gradient of the tensor, and apply the rule to it."""
-        with _diverged():
-            return self._checked()
+        """Return the error bound of the gradient of the tensor, and the agreement with the logged displacement.
 
-    def _checked(self) -> Check:
+        Elements whose gradient was computed in order before are not computed again.
+        """
+        with _diverged():
+            while self._compared < self.elements:
+                self._recovered(self._compared, min(self._compared + _SLICE, self.elements))
+            return min((one.result() for one in self._comparisons), key=_distance)
+
+    def _recovered(self, start: int, stop: int) -> Array:
+        """Return the gradient of some elements. If they follow those that were compared, compare them as well."""
+        part = self._slice(start, stop)
+        values, bound = self.rule.gradient(self._prepared, part)
+        if start == self._compared:
+            for comparison in self._comparisons:
+                comparison.add(part, values, bound)
+            self._compared = stop
+            # The others have a rate that is not that of the update.
+            self._comparisons = [one for one in self._comparisons if one.result().holds] or self._comparisons
+        return values
+
+    @cached_property
+    def _comparisons(self) -> list[_Comparison]:
+        """The comparisons with the displacement, one for each learning rate that the update may have had."""
         update = self._prepared
         # The rate of an update is saved with the state before it or after it; the check shows which.
         rates = dict.fromkeys(options[_RATE] for options in self._options)
-        found = [self._check(replace(update, rate=rate)) for rate in rates if not self.rule.from_displacement]
-        return min(found or [self._check(update)], key=_distance)
+        updates = [replace(update, rate=rate) for rate in rates if not self.rule.from_displacement] or [update]
+        return [self._comparison(one) for one in updates]
 
-    def _check(self, update: Update) -> Check:
+    def _comparison(self, update: Update) -> _Comparison:
+        """Return a comparison of an update, for which the direction of Muon is computed."""
         checkable = self.span == 1 and not math.isnan(update.rate)
         if checkable and self.rule.context == "orthogonalized":
             checkable = self.elements <= _LARGEST_MATRIX
             context = self._orthogonalized(update) if checkable else {}
             update = replace(update, context={**update.context, **context})
-        size = error = difference = allowed = moved = 0.0
-        moment = dict.fromkeys(("difference", "allowed", "change"), 0.0)
+        doubt = 0.0
+        if self.rule.from_displacement and update.rate:
+            doubt = max(abs(options[_RATE] / update.rate - 1.0) for options in self._options)
+        return _Comparison(self.rule, update, checkable=checkable, rate_doubt=doubt)
+
+    def _check(self, update: Update) -> Check:
+        """Compare all elements under an update, which may be one of several that are possible."""
+        comparison = self._comparison(update)
         for first in range(0, self.elements, _SLICE):
             part = self._slice(first, min(first + _SLICE, self.elements))
-            gradient, bound = self.rule.gradient(update, part)
-            size += _square(gradient)
-            error += _square(bound)
-            if not checkable:
-                continue
-            predicted, moments = self.rule.displacement(update, part, gradient)
-            low, high = (self.rule.displacement(update, part, gradient + sign * bound)[0] for sign in (-1.0, 1.0))
-            relative = _CHECK_ROUNDINGS * update.state_roundoff * self._conditioning(update)
-            explained = np.maximum(np.abs(high - predicted), np.abs(low - predicted)) + relative * np.abs(predicted)
-            # The parameters are rounded after the update, and before it by the factor of decoupled decay.
-            explained += 2.0 * update.parameter_roundoff * np.abs(part.next_parameter)
-            if update.decoupled and update.decay:
-                explained += 4.0 * update.parameter_roundoff * np.abs(part.parameter)
-            difference += _square(predicted - part.displacement)
-            allowed += _square(explained) + self.rule.slack**2 * _square(predicted)
-            moved += _square(part.displacement)
-            for array, values in moments.items():
-                saved, keep = part.after[array], update.options["beta2"]
-                moment["difference"] += _square(values - saved)
-                moment["change"] += _square(saved - keep * part.before[array])
-                entered = self.rule.entered(update, part, gradient)
-                moment["allowed"] += _square(
-                    _CHECK_ROUNDINGS * update.state_roundoff * (saved + keep * part.before[array])
-                    + (1.0 - keep) * (2.0 * np.abs(entered) + bound) * bound
-                )
-        relative = _ratio(error, size)
-        if self.rule.from_displacement and update.rate:
-            relative += max(abs(options[_RATE] / update.rate - 1.0) for options in self._options)
-        if not checkable:
-            return Check(relative, math.nan, math.nan, NONE)
-        residual, rounding = _ratio(difference, moved), _ratio(allowed, moved)
-        other, limit = (_ratio(moment[name], moment["change"]) for name in ("difference", "allowed"))
-        grade = self.rule.strength(update) if max(rounding, limit) <= _VISIBLE else NONE
-        failed = ""
-        if residual > rounding:
-            failed = f"the displacements differ by {residual:.2g} of the logged one"
-        elif other > limit:
-            failed = f"the second moments differ by {other:.2g} of their change"
-        explained_part = f", and rounding explains {rounding if residual > rounding else limit:.2g}"
-        return Check(relative, residual, rounding, grade, failed and failed + explained_part)
-
-    def _conditioning(self, update: Update) -> float:
-        """Return how much the bias corrections, computed in the precision of the state, enlarge rounding errors."""
-        betas = [beta for beta in ("beta1", "beta2") if update.options.get(beta) and not math.isnan(update.count)]
-        return 1.0 + sum(1.0 / update.correction(beta) for beta in betas)
+            comparison.add(part, *self.rule.gradient(update, part))
+        return comparison.result()
 
     # Values that all elements share
 
