@@ -133,8 +133,8 @@ def test_a_restarted_run_begins_an_attempt_where_its_updates_differ(tmp_path):
     first = {(0, step): record(step) for step in range(6)}
     require_stored(out, first | {(1, step): record(step, seed=1) for step in range(3, 8)})
     natgrad.analyze(out)
-    expected = [*range(2), *range(3, 8)]  # no update leads from one attempt to the next
-    assert natgrad.open_results(out)["model"]["step"].values.tolist() == expected
+    # The update from step 2 is the last one of the first attempt that was not made again.
+    assert natgrad.open_results(out)["model"]["step"].values.tolist() == [*range(8)]
     natgrad.analyze(out, attempt=0)
     assert natgrad.open_results(out)["model"]["step"].values.tolist() == [*range(6)]
 
@@ -163,15 +163,39 @@ def test_a_restart_has_the_same_results_in_a_log_of_ledgers_and_of_states(tmp_pa
             natgrad.process(log, out)
         record_run(log, mode, 0.2, range(3, 8), theta=reached[3], resume=True)
         summary = natgrad.process(log, out)
-        model = natgrad.open_results(out)["model"].sel(descent="gradient", window=1)
-        found[mode] = (summary.attempts, summary.steps, model["step"].values.tolist(), model["loss"].values)
-        notes = [text for text in summary.warnings if "stored only if" in text]
-        assert len(notes) == (mode == "ledger")
-    assert found["full"][:3] == found["ledger"][:3]
-    np.testing.assert_array_equal(found["full"][3], found["ledger"][3])
-    # The update from step 2 leads to a state of the attempt before.
-    expected = [*range(2), *range(3, 8)] if ingested_before else [*range(8)]
-    assert found["ledger"][:3] == (1 + ingested_before, 9, expected)
+        loss = natgrad.open_results(out)["model"]["loss"].to_series()
+        found[mode] = (summary.attempts, summary.steps), loss
+    # The steps of a log of states are replaced, but a log of ledgers still has those before the restart.
+    assert (found["full"][0], found["ledger"][0]) == ((1 + ingested_before, 9), (2, 9))
+    # In a log of states, the update from step 2 leads to a state of the attempt before.
+    assert found["full"][1].index.tolist() == ([*range(2), *range(3, 8)] if ingested_before else [*range(8)])
+    assert found["ledger"][1].index.tolist() == [*range(8)]
+    assert found["ledger"][1][found["full"][1].index].equals(found["full"][1])
+
+
+@pytest.mark.parametrize("kind", ["alone", "joined", "sweep"])
+def test_attempts_that_ended_before_the_first_ingest_are_kept(tmp_path, kind):
+    log, out = tmp_path / "logs" / "run", tmp_path / "out"
+    parts = [(range(5), 0), (range(3, 6), 1), (range(2, 8), 2)]
+    sources, options = ([log.parent], {"sweep": True}) if kind == "sweep" else ([log], {})
+    if kind == "joined":
+        (tmp_path / "rates.csv").write_text("step,learning_rate\n" + "".join(f"{step},0.1\n" for step in range(9)))
+        sources.append(tmp_path / "rates.csv")
+    for steps, seed in parts[:2]:
+        write(log, steps, seed=seed).close()
+    new = natgrad.ingest(sources, out, **options).new_steps if kind == "sweep" else 0
+    write(log, *parts[2][:1], seed=2).close()
+    new += natgrad.ingest(sources, out, **options).new_steps
+    expected = {
+        (attempt, step): record(step, seed=attempt) for attempt, (steps, _) in enumerate(parts) for step in steps
+    }
+    require_stored(out, expected)
+    assert natgrad.ingest(sources, out, **options).new_steps == 0
+    require_stored(out, expected)
+    assert new == sum(len(steps) + 1 for steps, _ in parts)
+    natgrad.analyze(out)
+    results = natgrad.open_results(out)["model"]
+    assert results["attempt"].values.ravel().tolist() == [0, 0, 2, 2, 2, 2, 2, 2]
 
 
 def test_a_gap_divides_the_updates(tmp_path):

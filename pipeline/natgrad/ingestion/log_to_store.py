@@ -42,6 +42,7 @@ from natgrad.schema.names import (
     RECOVERY,
     REPLAYED,
     REPLICATE_LOSS,
+    RUN,
     SCALARS,
     SKIPPED,
     STEP,
@@ -51,7 +52,7 @@ from natgrad.schema.names import (
 from natgrad.schema.summary import Summary
 from natgrad.schema.variables import WITHOUT_GRADIENTS
 from natgrad.sources.alignment import misalignment
-from natgrad.sources.base import StepContent
+from natgrad.sources.base import Source, StepContent, before_restarts
 from natgrad.sources.listed import ListedLog
 from natgrad.sources.opening import open_sources
 from natgrad.sources.optimizers.state import FactoredMetric
@@ -222,31 +223,46 @@ def ingest(
         )
     )
     stored, completed = list[int](), list[int]()
-    with ListedLog(log) as listed:
-        summary = _with_new_listings(
-            lambda: _ingest(
-                listed,
-                store,
-                options,
-                allow_gaps=allow_gaps,
-                in_place=in_place,
-                overwrite=overwrite and not sum(stored),
-                wait=wait,
-                include=include,
-                limits=limits,
-                check=check,
-                check_shape=check_shape,
-                describing=describing,
-                progress=progress,
-                stored=stored,
-                completed=completed,
+
+    def read(log: Source, histories: Sequence[Sequence[LoggedStep]] = ()) -> IngestSummary:
+        with ListedLog(log) as listed:
+            return _with_new_listings(
+                lambda: _ingest(
+                    listed,
+                    store,
+                    options,
+                    histories=histories,
+                    allow_gaps=allow_gaps,
+                    in_place=in_place,
+                    overwrite=overwrite and not sum(stored),
+                    wait=wait,
+                    include=include,
+                    limits=limits,
+                    check=None if histories else check,
+                    check_shape=check_shape,
+                    describing=describing,
+                    progress=progress,
+                    stored=stored,
+                    completed=completed,
+                )
             )
-        )
+
+    # The result must not depend on how often a log is ingested while its run is restarted.
+    histories: list[Sequence[LoggedStep]] = []
+    for earlier in before_restarts(log):
+        histories.append(earlier.steps())
+        with suppress(_IsStored):
+            read(earlier, histories)
+    summary = read(log)
     # With --follow these warnings were shown on the previous scan.
     is_new = summary.new_steps or summary.completed_steps
     for warning in summary.warnings if is_new or wait is None else ():
         _log.warning("%s", warning)
     return replace(summary, source=", ".join(map(str, sources)))
+
+
+class _IsStored(Exception):
+    """Signal that the states of a log before a restart are stored."""
 
 
 def _with_new_listings(read: Callable[[], T]) -> T:
@@ -262,6 +278,7 @@ def _ingest(
     store: Storage,
     options: ReadOptions,
     *,
+    histories: Sequence[Sequence[LoggedStep]],
     allow_gaps: bool,
     in_place: bool,
     overwrite: bool,
@@ -277,7 +294,9 @@ def _ingest(
 ) -> IngestSummary:
     """List a log and read its new steps; see `ingest`.
 
-    The numbers of stored and completed steps are appended to ``stored`` and ``completed``, even after an error.
+    The numbers of stored and completed steps are appended to ``stored`` and ``completed``, even after an error. If
+    the log is one before a restart, ``histories`` are the steps of all logs until this restart: the trajectory may
+    already have the steps after it.
     """
     if wait is not None:
         wait.start()
@@ -291,6 +310,8 @@ def _ingest(
             trajectory = None
         if trajectory is not None:
             trajectory.recover()
+        if histories and trajectory is not None and not _is_before(trajectory, histories):
+            raise _IsStored
         in_place = _is_in_place(store, trajectory, in_place)
         optimizer = stores_optimizer(trajectory, include)
         warnings: list[str] = []
@@ -377,6 +398,21 @@ def _configurations(
 ) -> dict[str, dict[str, Scalar]]:
     """Return the configuration of each run that has new steps."""
     return {run: log.configuration(step, warnings) for run, step in {step.run: step for step in steps}.items()}
+
+
+def _is_before(trajectory: Trajectory, histories: Sequence[Sequence[LoggedStep]]) -> bool:
+    """Return True if the current states of a trajectory are those of a log before the last of these restarts."""
+    runs, sources, incomplete = trajectory.scalar(RUN), trajectory.sources(), trajectory.lacking()
+    current = np.flatnonzero(trajectory.current()).tolist()
+    stored = {
+        (trajectory.runs[runs[state]], sources[state].get("content"))
+        for state in current
+        if state not in incomplete
+    }
+    names = {step.run for step in histories[-1]}
+    stored = {state for state in stored if state[0] in names}
+    listed = [{(step.run, step.content) for step in steps} for steps in histories]
+    return any(stored <= contents for contents in listed if names == {run for run, _ in contents})
 
 
 def _is_in_place(store: Storage, trajectory: Trajectory | None, in_place: bool) -> bool:

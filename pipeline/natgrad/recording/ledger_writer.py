@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from natgrad.recording.background import BackgroundWriter
 from natgrad.schema.errors import InputError
-from natgrad.schema.ledger_log import LedgerHeader, ledger_files, sealed
+from natgrad.schema.ledger_log import LedgerHeader, ledger_names, sealed
 
 __all__ = ["SYNC_SECONDS", "LedgerWriter", "require_folder", "require_no_ledgers"]
 
@@ -21,6 +21,11 @@ SYNC_SECONDS = 5.0
 passed to the operating system immediately; a computer that fails loses at most those of this time."""
 
 _CONTINUE = "continue the run with first_step=N, the number of updates before"
+
+
+def _files(folder: Path) -> dict[int, str]:
+    """Return the names of the files of the log in a folder by number."""
+    return ledger_names(entry.name for entry in folder.iterdir()) if folder.is_dir() else {}
 
 
 def require_folder(folder: Path, *, resume: bool, remedy: str = _CONTINUE) -> None:
@@ -46,7 +51,7 @@ def require_folder(folder: Path, *, resume: bool, remedy: str = _CONTINUE) -> No
             why="a folder contains either states or ledgers",
             remedy='use an empty folder, or record states (mode="full")',
         )
-    if ledger_files(folder) and not resume:
+    if _files(folder) and not resume:
         raise InputError(
             "the folder already contains ledgers (ledger_*.log)",
             where=str(folder),
@@ -63,7 +68,7 @@ def require_folder(folder: Path, *, resume: bool, remedy: str = _CONTINUE) -> No
 
 def require_no_ledgers(folder: Path) -> None:
     """Raise InputError if the folder of a log of states contains ledgers."""
-    if ledger_files(folder):
+    if _files(folder):
         raise InputError(
             "the folder already contains ledgers (ledger_*.log)",
             where=str(folder),
@@ -90,7 +95,7 @@ class LedgerWriter:
 
     def __init__(self, folder: Path, header: LedgerHeader) -> None:
         self.header = header
-        number = max(ledger_files(folder), default=-1) + 1
+        number = max(_files(folder), default=-1) + 1
         self.path = folder / f"ledger_{number}.log"
         # Two processes that continue the same run do not write into one file.
         self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o666)

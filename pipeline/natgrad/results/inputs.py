@@ -293,7 +293,8 @@ def update_table(
     # The pass may lag behind the trajectory, and an interrupted writer of a run without states may be ahead of it.
     count = min(len(steps), max(len(attempts) - 1, 0))
     steps, spans, current = steps[:count], spans[:count], states.current(attempt)[: count + 1]
-    updates = np.flatnonzero((spans > 0) & current[:-1] & current[1:])
+    # Without states, the products of the last update before a restart do not depend on the state after it.
+    updates = np.flatnonzero((spans > 0) & current[:-1] & (current[1:] | bool(states.recorded)))
     if not len(updates):
         raise InputError(
             "no two logged states follow each other, but an update requires two",

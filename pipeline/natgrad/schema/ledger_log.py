@@ -15,9 +15,9 @@ from __future__ import annotations
 import json
 import re
 import zlib
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from natgrad.schema.names import RECORDED_VECTORS
 
-__all__ = ["SKIPPED", "LedgerHeader", "RecordedTensor", "is_valid", "ledger_files", "packed", "sealed", "unpacked"]
+__all__ = ["SKIPPED", "LedgerHeader", "RecordedTensor", "is_valid", "ledger_names", "packed", "sealed", "unpacked"]
 
 MAGIC = b"natgrad ledgers\n"
 VERSION = 1
@@ -163,7 +163,6 @@ def is_valid(data: bytes | memoryview) -> bool:
     return zlib.crc32(data[:-4]) == int.from_bytes(data[-4:], "little")
 
 
-def ledger_files(folder: Path) -> dict[int, Path]:
-    """Return the files of a log of ledgers by number, in order."""
-    found = {int(match[1]): path for path in folder.glob("ledger_*.log") if (match := _FILE.fullmatch(path.name))}
-    return dict(sorted(found.items()))
+def ledger_names(names: Iterable[str]) -> dict[int, str]:
+    """Return the names of the files of a log of ledgers by number, in order, from those of a folder."""
+    return dict(sorted((int(match[1]), name) for name in names if (match := _FILE.fullmatch(name))))

@@ -23,13 +23,16 @@ from natgrad.storage import Storage
 __all__ = [
     "Difference",
     "Keyed",
+    "ListedBefore",
     "Ranged",
     "ReaderByArray",
     "Recorded",
+    "Restarted",
     "Source",
     "StepContent",
     "StepReader",
     "Unshaped",
+    "before_restarts",
 ]
 
 # Contents of a log --------------------------------------------------------------------------------------------
@@ -303,6 +306,46 @@ class Source(Protocol):
             If the file is truncated, unreadable or not of this format.
         """
         ...
+
+
+@runtime_checkable
+class Restarted(Protocol):
+    """A log that still has the steps that a restarted run has logged again."""
+
+    def earlier(self) -> Sequence[Source]:
+        """Return the log as it was before each restart, the oldest first."""
+        ...
+
+
+def before_restarts(source: Source) -> Sequence[Source]:
+    """Return a log as it was before each restart of the run, as far as it still has these steps."""
+    return source.earlier() if isinstance(source, Restarted) else ()
+
+
+class ListedBefore:
+    """A log with an earlier listing of its steps.
+
+    Parameters
+    ----------
+    source : Source
+    steps : sequence of LoggedStep
+    """
+
+    def __init__(self, source: Source, steps: Sequence[LoggedStep]) -> None:
+        self._source, self._steps = source, steps
+
+    @property
+    def location(self) -> Path | Storage:
+        """Location of the log, for messages."""
+        return self._source.location
+
+    def steps(self) -> Sequence[LoggedStep]:
+        """Return the steps; see `Source.steps`."""
+        return self._steps
+
+    def open(self, step: LoggedStep) -> AbstractContextManager[StepReader]:
+        """Open a step; see `Source.open`."""
+        return self._source.open(step)
 
 
 # Errors -------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from natgrad.sources.base import (
     StepContent,
     StepReader,
     Unshaped,
+    before_restarts,
 )
 from natgrad.sources.configured import configuration_of
 from natgrad.sources.names import STATE_QUANTITIES
@@ -94,10 +95,9 @@ class JoinedSource:
 
     def __init__(self, sources: Sequence[Source], shifts: Sequence[Mapping[str, int]] | None = None) -> None:
         self.location = sources[0].location
+        self._sources, self._shifts = sources, shifts or [{}] * len(sources)
         self._parts = [
-            part
-            for source, shift in zip(sources, shifts or [{}] * len(sources), strict=True)
-            for part in _parts(source, shift)
+            part for source, shift in zip(sources, self._shifts, strict=True) for part in _parts(source, shift)
         ]
         self._steps: dict[int, tuple[tuple[_Part, LoggedStep], ...]] = {}
 
@@ -148,6 +148,14 @@ class JoinedSource:
             for number in sorted(common)
         }
         return [_joined(number, steps) for number, steps in self._steps.items()]
+
+    def earlier(self) -> list[JoinedSource]:
+        """Return the run as it was before each restart; see `natgrad.sources.base.Restarted`."""
+        return [
+            JoinedSource([*self._sources[:index], one, *self._sources[index + 1 :]], self._shifts)
+            for index, source in enumerate(self._sources)
+            for one in before_restarts(source)
+        ]
 
     @staticmethod
     def _last_state(common: set[int], parts: Sequence[tuple[_Part, Mapping[int, LoggedStep]]]) -> set[int]:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from natgrad.schema.errors import InputError
+from natgrad.schema.ledger_log import ledger_names
 from natgrad.schema.logs import logger
 from natgrad.sources.base import Source
 from natgrad.sources.checkpoints.stacked_file import StackedFile
@@ -15,6 +16,7 @@ from natgrad.sources.checkpoints.step_folder import NATIVE_KINDS, StepFolder
 from natgrad.sources.container import not_regular
 from natgrad.sources.formats import FORMATS, find_format, one_file_format, unnumbered_format
 from natgrad.sources.joined import JoinedSource
+from natgrad.sources.ledger_log import LedgerLog
 from natgrad.sources.names import CHECKPOINT, SCALAR_LOG_QUANTITIES, checked_shift
 from natgrad.sources.recovered import Recovered
 from natgrad.sources.replayed import Replayed, Replays
@@ -41,6 +43,9 @@ _OBJECT_SCALARS = {
     name: kind for name in ("csv", "jsonl", "parquet", "tensorboard", _TEXT) if (kind := FORMATS[name].scalars)
 }
 """Scalar formats that can be read from object stores."""
+
+_LEDGERS = "ledgers"
+"""Logs of ledgers, which can also be read from object stores."""
 
 _SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".gz", ".parquet")
 """Suffixes of scalar log files."""
@@ -333,6 +338,8 @@ def _open_objects(
     name, log = (format, location) if format else _detect_in_objects(location)
     if name in _OBJECT_SCALARS:
         return _scalar_log(log, _OBJECT_SCALARS[name], mapping, shift, named=format is not None)
+    if name == _LEDGERS:
+        return LedgerLog(log, mapping)
     kinds = _OBJECT_KINDS.get(name, ())
     named = pattern or any(kind.step_name(Path(name)) is not None for name in found for kind in kinds)
     if not kinds or not (named or "step" in mapping):
@@ -341,8 +348,9 @@ def _open_objects(
             if kinds
             else f"format {name!r} can be read only from local files",
             where=f"{location}, which contains {found[0]!r}, for example",
-            why=f"only step_<N>.safetensors, step_<N>.npz and logs of scalars can be read from an object store "
-            f"(--format {', '.join((*_OBJECT_KINDS, *_OBJECT_SCALARS))}); the other formats need local files",
+            why="only step_<N>.safetensors, step_<N>.npz, logs of ledgers and logs of scalars can be read from an "
+            f"object store (--format {', '.join((*_OBJECT_KINDS, _LEDGERS, *_OBJECT_SCALARS))}); the other formats "
+            "need local files",
             remedy="copy the log to a local folder first (aws s3 sync URL FOLDER), and pass that folder",
         )
     folder = StepFolder(location, kinds, mapping)
@@ -400,6 +408,8 @@ def _detect_in_objects(location: Storage) -> tuple[str, Storage]:
     """Return the name of the format of a log in an object store, detected from its content, and its location."""
     with network_errors(location):
         found = location.files()
+        if ledger_names(file.name for file in found):
+            return _LEDGERS, location
         if not any(kind.number(Path(file.name)) is not None for file in found for kind in _OBJECT_KINDS["steps"]):
             for name, kind in _OBJECT_SCALARS.items():
                 if kind.files(location):

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 
 from natgrad.schema.configuration import Scalar
-from natgrad.sources.base import Source, StepReader
+from natgrad.sources.base import Source, StepReader, before_restarts
 from natgrad.sources.configured import configuration_of
 from natgrad.sources.steps import LoggedStep
 from natgrad.storage import Storage
@@ -32,6 +32,14 @@ class Sweep:
     def steps(self) -> list[LoggedStep]:
         """List the steps of all runs, grouped by run; see `natgrad.sources.base.Source`."""
         return [replace(step, run=name) for name, source in self._runs.items() for step in source.steps()]
+
+    def earlier(self) -> list[Sweep]:
+        """Return each run as it was before each restart; see `natgrad.sources.base.Restarted`."""
+        return [
+            Sweep(self.location, {name: one})
+            for name, source in self._runs.items()
+            for one in before_restarts(source)
+        ]
 
     def open(self, step: LoggedStep) -> AbstractContextManager[StepReader]:
         """Open a step with the log of its run; see `natgrad.sources.base.Source`."""

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from natgrad.schema.configuration import Scalar
 from natgrad.schema.names import REPLICATE_STATES, STATES
-from natgrad.sources.base import Ranged, Recorded, Source, StepContent, StepReader
+from natgrad.sources.base import Ranged, Recorded, Source, StepContent, StepReader, before_restarts
 from natgrad.sources.byte_ranges import ByteRange, Placement
 from natgrad.sources.configured import configuration_of
 from natgrad.sources.names import SINGLE_ARRAY
@@ -106,6 +106,10 @@ class MatchedNames:
     def steps(self) -> Sequence[LoggedStep]:
         """List the steps; see `natgrad.sources.base.Source`."""
         return self._source.steps()
+
+    def earlier(self) -> list[MatchedNames]:
+        """Return the log as it was before each restart; see `natgrad.sources.base.Restarted`."""
+        return [MatchedNames(source) for source in before_restarts(self._source)]
 
     @contextmanager
     def open(self, step: LoggedStep) -> Iterator[StepReader]:
