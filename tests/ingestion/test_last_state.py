@@ -572,7 +572,7 @@ def test_a_followed_log_gives_the_same_as_one_ingested_in_one_pass(tmp_path):
 def test_a_scan_adds_what_the_last_state_lacked_and_all_outputs_state_it(tmp_path):
     states, root, out = random_walk(STATES), tmp_path / "root", tmp_path / "out" / "run"
     write_native(root / "run", cut(states))
-    missing = "step 4, the last, has no gradient, loss, learning_rate yet"
+    missing = "step 4, the last, has no gradient, loss, learning_rate: results"
     for _ in range(2):
         natgrad.scan(root, out.parent, workers=1)
         assert describe_run(out)["last_step_lacks"] == ["gradient", "loss", "learning_rate"]
@@ -583,7 +583,7 @@ def test_a_scan_adds_what_the_last_state_lacked_and_all_outputs_state_it(tmp_pat
     assert (summary.processed, summary.unchanged) == (1, 0)
     assert "last_step_lacks" not in describe_run(out)
     assert str(natgrad.verify(out)) == "OK: all checksums match\n"
-    assert "yet: results of the last update" not in (out / "report.html").read_text()
+    assert "results of the last update that need it" not in (out / "report.html").read_text()
     process(write_native(tmp_path / "complete", states), tmp_path / "whole")
     assert content(out) == content(tmp_path / "whole")
 

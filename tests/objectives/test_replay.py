@@ -146,6 +146,15 @@ def test_a_log_with_gradients_is_refused(tmp_path):
         evaluated(tmp_path / "log", tmp_path)
 
 
+def test_a_log_of_ledgers_is_refused(tmp_path):
+    with natgrad.Recorder(tmp_path / "log", mode="ledger") as recorder:
+        for step in range(2):
+            recorder.record(step, parameter={"a": np.ones(3)}, gradient={"a": np.ones(3)})
+    with pytest.raises(InputError, match="inner products of updates, and no states") as refusal:
+        evaluated(tmp_path / "log", tmp_path)
+    assert "process the log with natgrad process" in refusal.value.remedy
+
+
 def test_the_hessian_needs_products(log, tmp_path):
     with pytest.raises(InputError, match="has no Hessian-vector product"):
         evaluated(log, tmp_path, "without_hvp", Curvature(eigenvalues=True))

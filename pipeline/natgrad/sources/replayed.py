@@ -328,7 +328,14 @@ def _require_same_source(step: LoggedStep, then: Mapping[str, Any], prefix: str 
 
 
 def require_no_gradients(step: LoggedStep, content: StepContent) -> None:
-    """Raise InputError if a step contains gradients or lacks parameters."""
+    """Raise InputError if a step has no parameters to evaluate an objective at, or contains gradients."""
+    if content.recorded:
+        raise InputError(
+            "the log has the inner products of updates, and no states at which an objective could be evaluated",
+            where=where(step),
+            why="natgrad.watch or natgrad.Recorder recorded ledgers, with the gradients of the training loop",
+            remedy="process the log with natgrad process, or replay checkpoints of the run",
+        )
     if content.arrays.get(_GRADIENT):
         raise InputError(
             "the log contains gradients, but the evaluation of an objective was requested",

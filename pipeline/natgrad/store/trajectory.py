@@ -333,13 +333,16 @@ class Trajectory(States):
 
     @property
     def unfinished(self) -> str:
-        """Sentence for users that names what a provisional last state lacks; empty if it is complete."""
-        if not self.provisional:
+        """Sentence for users that names what the last state lacks; empty if it lacks nothing.
+
+        A run of recorded updates lacks nothing: its last state is that after the last update, and is no part of it.
+        """
+        if not self.provisional or self.recorded:
             return ""
         lacks = ", ".join(self.provisional)
         return (
-            f"step {self.scalar(STEP)[-1]}, the last, has no {lacks} yet: results of the last update that need it "
-            "are NaN until a longer log is ingested"
+            f"step {self.scalar(STEP)[-1]}, the last, has no {lacks}: results of the last update that need it are "
+            "NaN, unless a longer log is ingested"
         )
 
     def _repr_html_(self) -> str:
