@@ -604,6 +604,13 @@ def replay_run(
     from natgrad.objectives.replay import LogOptions, evaluate_log
 
     analysis = Analysis.of(values)
+    if (storage := open_storage(out)).local_path is None:
+        raise InputError(
+            "OUT of a replay must be a folder",
+            where=str(storage),
+            why="workers append to files in it, which object stores cannot do",
+            remedy="use a folder; workers on other hosts need one in a file system that all of them share",
+        )
     folder, sources = RunFolder(LocalStorage(require_local(out, "OUT")).absolute()), open_all(source)
     replays = Replays(folder.replay)
     with storage_errors(*sources, folder.storage), ExitStack() as stack:
