@@ -335,7 +335,7 @@ class Trajectory(States):
     def unfinished(self) -> str:
         """Sentence for users that names what the last state lacks; empty if it lacks nothing.
 
-        A run of recorded updates lacks nothing: its last state is that after the last update, and is no part of it.
+        A run of recorded updates lacks nothing: no update needs its last state, which is that after the last one.
         """
         if not self.provisional or self.recorded:
             return ""
