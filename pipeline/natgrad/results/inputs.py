@@ -108,7 +108,6 @@ class UpdateTable:
         See `extended`. Default: determined by ``loss_time_derivative``.
     loss_precision : (float, float), optional
         See `natgrad.results.objective.loss_precision`. Default: determined by ``loss``.
-
     skipped : bool array, shape (updates,), optional
         True if the optimizer skipped the update, because a gradient was not finite. Default: none.
 
