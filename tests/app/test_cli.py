@@ -506,7 +506,7 @@ def unreadable(out, name):
 @pytest.mark.parametrize(
     ("command", "name"),
     [
-        ("report", "results.zarr/model/angle/c/0/0/0"),
+        ("report", "results.zarr/model/angle/c.0.0.0"),
         ("info", "trajectory.zarr/loss/zarr.json"),
         ("analyze", "ledger.zarr/gram/c/0/0/0/0"),
         ("verify", "ledger.zarr/gram/c/0/0/0/0"),

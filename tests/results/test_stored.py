@@ -56,6 +56,6 @@ def test_a_damaged_summary_is_computed_from_the_results(tmp_path, caplog):
         assert "the summary is computed from the results" in caplog.text
         assert [damage.path for damage in verify_run(out)] == [str(path)]
         # If the results are damaged as well, there is nothing to compute it from.
-        (out / "results.zarr" / "model" / "angle" / "c" / "0" / "0" / "0").unlink()
-        with pytest.raises(InputError, match=r"model/angle/c/0/0/0"):
+        (out / "results.zarr" / "model" / "angle" / "c.0.0.0").unlink()
+        with pytest.raises(InputError, match=r"model/angle/c\.0\.0\.0"):
             describe_run(out)

@@ -26,7 +26,7 @@ from natgrad.results.dataset import Column, Request, aggregated, columns
 from natgrad.results.inputs import Optimizer, UpdateTable
 from natgrad.results.recovery import Recovery
 from natgrad.results.sizes import LEAST_UPDATES, most_updates
-from natgrad.results.updates import Defined, Updates, UpdateVariable
+from natgrad.results.updates import Updates, UpdateVariable
 from natgrad.results.variables import VARIABLES, registered_variables
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import chunk_capacity
@@ -34,7 +34,7 @@ from natgrad.schema.names import DESCENT, DESCENTS, RUN, STEP
 from natgrad.storage import Storage
 from natgrad.store import Ledger
 from natgrad.store.journal import Journal
-from natgrad.store.labelled import encoded_chunk
+from natgrad.store.labelled import CHUNK_ENCODING, encoded_chunk
 from natgrad.theory.windows import WindowTerms, effective_lengths, joined, longest_tried
 
 __all__ = [
@@ -44,7 +44,6 @@ __all__ = [
     "BlockWork",
     "Grid",
     "effective_of",
-    "is_shuffled",
     "longest_of",
     "record_name",
     "tasks_of",
@@ -272,7 +271,7 @@ class BlockWork:
             "version": self.version,
             "request": [self.request.gammas, self.request.windows, self.request.tensor_family],
             "variables": self.variables,
-            "chunks": self.grid.chunks,
+            "chunks": [self.grid.chunks, CHUNK_ENCODING],
             "layout": table.layout.to_json(),
             "runs": table.runs,
             "steps": self.grid.shape[-1] if table.runs else 0,
@@ -405,7 +404,7 @@ class BlockWork:
             index[len(block.index) - 1 + column.descent_axis] = descent
         if task.table.runs:
             values = self._spread(values, variable, task, block)
-        found = encoded_chunk(values, chunks, index, shuffled=is_shuffled(variable))
+        found = encoded_chunk(values, chunks, index)
         return {} if found is None else {f"{path}/{found[0]}": found[1]}
 
     def _spread(
@@ -422,11 +421,6 @@ class BlockWork:
         rows = slice(block.start, block.stop)
         spread[tuple(axis[rows] - first for axis, first in zip(task.positions, origin, strict=True))] = values
         return spread
-
-
-def is_shuffled(variable: UpdateVariable) -> bool:
-    """Return True if the numbers of a variable are shuffled, because few of them are missing."""
-    return variable.defined is not Defined.WITH_METRIC
 
 
 def _variables(names: tuple[str, ...]) -> dict[str, UpdateVariable]:

@@ -25,7 +25,6 @@ from natgrad.results.blocks import (
     BlockWork,
     Grid,
     effective_of,
-    is_shuffled,
     longest_of,
     record_name,
     tasks_of,
@@ -287,7 +286,6 @@ class _Stored:
             (*self.grid.chunks, *(max(size, 1) for size in chunks)),
             kind,
             variable.attributes() | ({"comment": comments[0]} if comments else {}),
-            is_shuffled(variable),
         )
 
     def _run_values(

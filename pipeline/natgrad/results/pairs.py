@@ -9,13 +9,15 @@ of the update, whose displacement is d + eta lambda theta_t. Its inner products 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from natgrad.results.grouping import TensorGroup
 from natgrad.results.inputs import UpdateTable
 from natgrad.schema.layout import Layout, underflow_error, unit_roundoff
 from natgrad.schema.names import GROUP, HVP, STEP, TENSOR
@@ -102,6 +104,28 @@ class Aggregation:
         pair = Pair(none, none, none, size)
         return cls(dimensions, none, flag, pair, flag, flag, none, none, none, none, none)
 
+    @classmethod
+    def joined(cls, parts: Sequence[Aggregation]) -> Aggregation:
+        """Join the columns of some tensors or groups."""
+        return parts[0]._combined(lambda *columns: np.concatenate(columns, axis=1), *parts[1:])
+
+    def columns(self, index: Any) -> Aggregation:
+        """Return some of the tensors or groups."""
+        # The order of later sums follows from the order in memory.
+        return self._combined(lambda values: np.ascontiguousarray(values[:, index]))
+
+    def _combined(self, function: Callable[..., Array], *others: Aggregation) -> Aggregation:
+        """Apply a function to each array of these pairs and the same array of others."""
+
+        def each(one: Any, *more: Any) -> Any:
+            if isinstance(one, Pair):
+                names = [field.name for field in fields(Pair)]
+                return Pair(*(each(*(getattr(pair, name) for pair in (one, *more))) for name in names))
+            return function(one, *more) if isinstance(one, np.ndarray) else one
+
+        values = (vars(part) for part in (self, *others))
+        return Aggregation(*(each(*column) for column in zip(*(value.values() for value in values), strict=True)))
+
     def window_terms(self, updates: slice) -> WindowTerms:
         """Return the terms of some updates that determine the status of windows of any length."""
         return WindowTerms(
@@ -140,6 +164,7 @@ def _uncorrected(table: UpdateTable, estimate: GradientEstimate) -> tuple[Aggreg
     gram, vectors, logged = _products(table, half)
     index = {name: position for position, name in enumerate(vectors)}
 
+    @cache
     def norm(vector: str) -> Array:
         return np.sqrt(gram[..., index[vector], index[vector]])
 
@@ -191,31 +216,43 @@ def _uncorrected(table: UpdateTable, estimate: GradientEstimate) -> tuple[Aggreg
         norm("displacement"),
     )
 
-    def total(members: Sequence[int]) -> Aggregation:
-        """Sum over some tensors. They share the learning rate of the model."""
-        columns = slice(None) if len(members) == len(sizes) else list(members)
+    rounding = displacement_floor / rate
 
-        def chosen(values: Array) -> Array:
-            # The order of a sum follows from the order in memory.
-            return np.ascontiguousarray(values[:, columns])
+    def totals(members: NDArray[np.int64]) -> Aggregation:
+        """Sum over the tensors of groups of the same size. They share the learning rate of the model."""
 
+        def total_norm(values: Array) -> Array:
+            return _norm(np.ascontiguousarray(values[:, members]), axis=-1)
+
+        count = len(members)
         return Aggregation(
-            (STEP,),
-            rate[:, 0],
-            known_rate[:, 0],
-            geometry.direct_sum([of_parts[:, tensor] for tensor in members]),
-            np.asarray(finite[:, columns].all(axis=1)),
-            np.asarray(known[:, columns].all(axis=1)),
-            _norm(chosen(displacement_floor / rate), axis=1),
-            _norm(chosen(gradient_floor), axis=1),
-            _norm(chosen(norm("gradient")), axis=1) if half is None else None,
-            _norm(chosen(norm("parameter")), axis=1),
-            _norm(chosen(norm("displacement")), axis=1),
+            (STEP, GROUP),
+            np.broadcast_to(rate, (len(rate), count)),
+            np.broadcast_to(known_rate, (len(rate), count)),
+            geometry.direct_sum([of_parts[:, of_each] for of_each in members.T]),
+            np.asarray(finite[:, members].all(axis=-1)),
+            np.asarray(known[:, members].all(axis=-1)),
+            total_norm(rounding),
+            total_norm(gradient_floor),
+            total_norm(norm("gradient")) if half is None else None,
+            total_norm(norm("parameter")),
+            total_norm(norm("displacement")),
         )
 
-    model = _with_time(total(range(len(sizes))), table.extended(), table.loss_time_derivative, estimate)
-    groups = [_stacked([total(group.tensors) for group in table.groups])] if table.groups else []
-    return model, tensors, *groups
+    complete = replace(totals(np.arange(len(sizes))[None]).columns(0), dimensions=(STEP,))
+    model = _with_time(complete, table.extended(), table.loss_time_derivative, estimate)
+    return model, tensors, *([_of_groups(table.groups, totals)] if table.groups else [])
+
+
+def _of_groups(groups: Sequence[TensorGroup], totals: Callable[[NDArray[np.int64]], Aggregation]) -> Aggregation:
+    """Return the sums over the tensors of each group. Those of groups of the same size are computed together."""
+    same: dict[int, list[int]] = {}
+    for position, group in enumerate(groups):
+        same.setdefault(len(group.tensors), []).append(position)
+    parts = [totals(np.array([groups[position].tensors for position in of_size])) for of_size in same.values()]
+    order = np.argsort(np.concatenate(list(same.values())))
+    joined = Aggregation.joined(parts)
+    return joined.columns(order)
 
 
 def _products(table: UpdateTable, half: str | None) -> tuple[Array, tuple[str, ...], bool]:
@@ -225,23 +262,6 @@ def _products(table: UpdateTable, half: str | None) -> tuple[Array, tuple[str, .
     # A vector that was not logged is replaced by NaN and marked as not known: the run has not failed.
     padded = np.pad(table.gram, [(0, 0), (0, 0), (0, 1), (0, 1)], constant_values=np.nan)
     return padded, (*table.vectors, half), False
-
-
-def _stacked(parts: Sequence[Aggregation]) -> Aggregation:
-    """Return groups as one aggregation, from the sum over the tensors of each."""
-
-    def stacked(name: str) -> Array:
-        return np.stack([getattr(part, name) for part in parts], axis=1)
-
-    columns: dict[str, Any] = {
-        field.name: stacked(field.name) for field in fields(Aggregation) if field.name not in _NOT_ARRAYS
-    }
-    pair = Pair(*(np.stack(column, axis=1) for column in zip(*(astuple(part.pair) for part in parts), strict=True)))
-    norm = None if parts[0].gradient_norm is None else stacked("gradient_norm")
-    return Aggregation(dimensions=(STEP, GROUP), pair=pair, gradient_norm=norm, **columns)
-
-
-_NOT_ARRAYS = ("dimensions", "pair", "gradient_norm")
 
 
 def _all_corrected(table: UpdateTable, model: Aggregation, parts: Sequence[Aggregation]) -> tuple[Aggregation, ...]:

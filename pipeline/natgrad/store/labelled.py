@@ -12,7 +12,9 @@ which its ``idxmax``, ``astype(str)`` and plots fail, and ``bytes`` to objects, 
 the padding. Zarr 3.1 warns when it writes this type, because the registry lists it only since 2026, but not when
 it reads it. Here, the metadata are those of 32-bit integers, which are stored in the same way.
 
-An array is encoded completely (`contents_of`), or chunk by chunk by several processes (`encoded_chunk`).
+An array is encoded completely (`contents_of`), or chunk by chunk by several processes (`encoded_chunk`). Arrays of
+the second kind have many chunks, whose names contain dots instead of slashes: folders for the parts of a name would
+take as much time and disk space as the chunk.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from natgrad.storage import Storage
 
 __all__ = [
     "CHUNK_BYTES",
+    "CHUNK_ENCODING",
     "ChunkedArray",
     "LabelledArray",
     "LabelledGroup",
@@ -47,6 +50,9 @@ __all__ = [
 
 CHUNK_BYTES = 4 << 20
 """Size of a chunk in bytes before compression, at most. Larger arrays are divided along their first dimension."""
+
+CHUNK_ENCODING = 2
+"""Version of the names and the compression of `encoded_chunk`."""
 
 _DOCUMENT = "zarr.json"
 _BLOCK_BYTES = 1 << 20
@@ -85,8 +91,6 @@ class LabelledArray:
         """Shape of a chunk."""
         return _chunk_shape(self.values)
 
-    shuffled = False
-
 
 @dataclass(frozen=True)
 class ChunkedArray:
@@ -99,8 +103,6 @@ class ChunkedArray:
     kind : str
         Name of the dtype.
     attributes : mapping
-    shuffled : bool
-        Reorder the bytes of numbers before compression, see `encoded_chunk`.
     """
 
     dimensions: tuple[str, ...]
@@ -108,7 +110,6 @@ class ChunkedArray:
     chunks: tuple[int, ...]
     kind: str
     attributes: Mapping[str, Any] = field(default_factory=dict)
-    shuffled: bool = False
 
 
 @dataclass(frozen=True)
@@ -158,10 +159,11 @@ def contents_of(groups: Mapping[str, LabelledGroup]) -> dict[str, bytes]:
     return contents
 
 
-def encoded_chunk(
-    values: NDArray[Any], chunks: Sequence[int], index: Sequence[int], *, shuffled: bool = False
-) -> tuple[str, bytes] | None:
-    """Return the key and the content of a chunk of an array; None if it contains fill values only.
+def encoded_chunk(values: NDArray[Any], chunks: Sequence[int], index: Sequence[int]) -> tuple[str, bytes] | None:
+    """Return the key and the content of a chunk of a `ChunkedArray`; None if it contains fill values only.
+
+    The bytes of all numbers are grouped by their significance before compression. This takes less time and space,
+    unless half of the values are missing.
 
     Parameters
     ----------
@@ -169,20 +171,22 @@ def encoded_chunk(
         Values of the chunk. The last chunk of an array may have fewer.
     chunks, index : sequence of int
         Shape of a chunk, and its position among the chunks.
-    shuffled : bool
-        Group the bytes of all numbers by their significance before compression. This takes a tenth less space for
-        numbers of similar size, but more if missing values lie between them.
     """
+    full = _full_chunk(values, chunks)
+    if full is None:
+        return None
+    return _key(index, "."), Blosc("zstd", 1, Blosc.SHUFFLE, _BLOCK_BYTES).encode(full)
+
+
+def _full_chunk(values: NDArray[Any], chunks: Sequence[int]) -> NDArray[Any] | None:
+    """Return the values of a chunk in the order in which they are stored; None if all are fill values."""
     if not values.size or (np.isnan(values).all() if values.dtype.kind == "f" else not values.any()):
         return None
     if values.shape != tuple(chunks):
         full = np.full(chunks, _fill_value(values.dtype), values.dtype)
         full[tuple(map(slice, values.shape))] = values
         values = full
-    values = np.ascontiguousarray(values, values.dtype.newbyteorder("<"))
-    # Zarr writes the same bytes.
-    codec = Blosc("zstd", 1, Blosc.SHUFFLE, _BLOCK_BYTES) if shuffled else Zstd(level=0)
-    return _key(index), codec.encode(values if shuffled else values.tobytes())
+    return np.ascontiguousarray(values, values.dtype.newbyteorder("<"))
 
 
 def read_arrays(storage: Storage, path: str, names: Sequence[str]) -> dict[str, LabelledArray]:
@@ -242,8 +246,8 @@ def read_parts(
         yield [np.asarray(array[index]) for array in arrays]
 
 
-def _key(index: Sequence[int]) -> str:
-    return "/".join(("c", *map(str, index)))
+def _key(index: Sequence[int], separator: str) -> str:
+    return separator.join(("c", *map(str, index)))
 
 
 def _consolidated(documents: Mapping[str, Any]) -> dict[str, Any]:
@@ -259,7 +263,7 @@ def _array_document(
     name: str, array: LabelledArray | ChunkedArray, coordinates: Mapping[str, LabelledArray]
 ) -> dict[str, Any]:
     """Return the metadata of an array, with the attributes that xarray adds."""
-    document = deepcopy(_template(array.kind, array.shuffled))
+    document = deepcopy(_template(array.kind, isinstance(array, ChunkedArray)))
     attributes = dict(array.attributes)
     if name not in coordinates:
         labels = (label for label, of in coordinates.items() if label not in of.dimensions)
@@ -277,13 +281,13 @@ def _array_document(
 
 
 @cache
-def _template(kind: str, shuffled: bool) -> dict[str, Any]:
-    """Return the metadata of an array of a data type, as Zarr writes them."""
+def _template(kind: str, chunked: bool) -> dict[str, Any]:
+    """Return the metadata of an array of a data type, as Zarr writes them; ``chunked`` for `ChunkedArray`."""
     import zarr
     from zarr.codecs import BloscCodec
 
     codec: Any = "auto"
-    if shuffled:
+    if chunked:
         codec = BloscCodec(
             typesize=np.dtype(kind).itemsize, cname="zstd", clevel=1, shuffle="shuffle", blocksize=_BLOCK_BYTES
         )
@@ -297,6 +301,7 @@ def _template(kind: str, shuffled: bool) -> dict[str, Any]:
         dtype=stored,
         fill_value=_fill_value(stored),
         compressors=codec,
+        chunk_key_encoding={"name": "default", "separator": "." if chunked else "/"},
         config={"write_empty_chunks": False},
     )
     document: dict[str, Any] = array.metadata.to_dict()
@@ -326,5 +331,5 @@ def _chunks(values: NDArray[Any], shape: Sequence[int]) -> Iterator[tuple[str, b
     counts = [math.ceil(size / chunk) for size, chunk in zip(values.shape, shape, strict=True)]
     for index in itertools.product(*map(range, counts)):
         part = values[tuple(slice(at * chunk, (at + 1) * chunk) for at, chunk in zip(index, shape, strict=True))]
-        if (found := encoded_chunk(part, shape, index)) is not None:
-            yield found
+        if (full := _full_chunk(part, shape)) is not None:
+            yield _key(index, "/"), Zstd(level=0).encode(full.tobytes())  # as Zarr does by default
