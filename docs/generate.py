@@ -231,7 +231,7 @@ def update_variables() -> str:
 
 def replicate_variables() -> str:
     """Tabulate the variables of replicates."""
-    from natgrad.results.replicates import REPLICATE_VARIABLES
+    from natgrad.results.replicate_variables import REPLICATE_VARIABLES
 
     rows = [
         (

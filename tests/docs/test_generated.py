@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from natgrad.results.replicates import REPLICATE_VARIABLES
+from natgrad.results.replicate_variables import REPLICATE_VARIABLES
 from natgrad.results.variables import VARIABLES
 
 ROOT = Path(__file__).parents[2]

@@ -11,7 +11,7 @@ from natgrad.kernel import ledger_sums
 from natgrad.kernel import replicates as kernel
 from natgrad.kernel.ledger_sums import roundoff_bound
 from natgrad.results import replicates
-from natgrad.results.replicates import REPLICATE_VARIABLES
+from natgrad.results.replicate_variables import REPLICATE_VARIABLES
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import Layout
 from natgrad.schema.variables import Status

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from mpmath import mp, mpf
 
 from natgrad.kernel.ledger_sums import roundoff_bound
-from natgrad.results.replicates import REPLICATE_VARIABLES
+from natgrad.results.replicate_variables import REPLICATE_VARIABLES
 from natgrad.results.variables import VARIABLES
 from natgrad.schema.errors import InputError
 from natgrad.theory import discrete_time, geometry

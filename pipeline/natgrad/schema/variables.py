@@ -1,7 +1,8 @@
 """Define the metadata of result variables, their dimensions, and the flags that explain missing values.
 
 Each variable of ``results.zarr`` is one entry, which also has the function that computes it.
-`natgrad.results.variables` has the entries for updates, `natgrad.results.replicates` those for stochastic rules.
+`natgrad.results.variables` has the entries for updates, and `natgrad.results.replicate_variables` those for
+stochastic rules.
 
 References
 ----------
