@@ -28,12 +28,12 @@ browser:
 	$$as_root apt-get update -qq && $$as_root apt-get install -y -qq chromium >/dev/null || \
 	echo "cannot install a browser: the browser tests of the report will fail; install Chrome or Chromium" >&2
 
-# Test files are distributed in the order of the folders, so that the longest ones do not start last.
+# Test files are distributed in the order of tests/slow.py, so that the longest ones do not start last.
 # One thread for linear algebra in each process: threads that wait for each other on a busy processor double its time.
 PYTEST := OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder \
 	-p no:benchmark
-# One more process than processors, because many tests wait for servers, timeouts and disks.
-PROCESSES ?= $(shell $(PYTHON) -c "import os; print(1 + (os.cpu_count() or 1))")
+# Two processes per processor, because many tests wait for servers, timeouts and disks.
+PROCESSES ?= $(shell $(PYTHON) -c "import os; print(2 * (os.cpu_count() or 1))")
 
 test: lint browser
 	$(PYTEST) --numprocesses $(PROCESSES)
@@ -57,10 +57,12 @@ mutate: install
 	$(BIN)/python tests/mutate.py --mutants $(MUTANTS) --seed 0
 
 # Damages real logs of every format: ten minutes for each of the 33 parsers, two at a time, three hours in total. The
-# result of each parser is printed when it ends. FUZZ='--parser csv --parser jsonl' selects some of them.
+# result of each parser is printed when it ends. FUZZ='--parser csv --parser jsonl' selects some of them. Without a
+# selection, it then draws 2,000 examples for each property of the tests, others each time.
 SECONDS_PER_PARSER ?= 600
 fuzz: install
 	$(BIN)/python tests/fuzz.py --seconds $(SECONDS_PER_PARSER) $(FUZZ)
+	$(if $(FUZZ),,HYPOTHESIS_PROFILE=many $(PYTEST) --numprocesses $(PROCESSES) --timeout 0 -m hypothesis)
 
 # Slow tests (several minutes): hosts as network namespaces (requires root), broken links, server restarts, PostgreSQL.
 cluster-test: install

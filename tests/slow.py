@@ -37,9 +37,17 @@ def pytest_addoption(parser):
 
 def pytest_collection_modifyitems(items):
     slow = set(LIST.read_text().split())
+    partly = {name.partition("::")[0] for name in slow}
     for item in items:
         if slow.intersection(names(item.nodeid)):
             item.add_marker(pytest.mark.slow)
+
+    def order(item):
+        _, file = names(item.nodeid)
+        return 0 if file in slow else 1 if file in partly else 2
+
+    # The processes of a session take one file after another: short files last keep all of them busy to its end.
+    items.sort(key=order)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

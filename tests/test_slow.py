@@ -3,10 +3,11 @@
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
-from slow import LIST, TESTS
+from slow import LIST, TESTS, pytest_collection_modifyitems
 
 LINES = LIST.read_text().splitlines()
 
@@ -16,6 +17,20 @@ def test_the_list_is_sorted_and_every_line_names_a_test():
     for line in LINES:
         file, _, function = line.partition("::")
         assert re.search(rf"^def {function}\b" if function else "", (TESTS / file).read_text(), re.MULTILINE), line
+
+
+def test_files_without_slow_tests_are_last():
+    some, complete = (next(line for line in LINES if ("::" in line) == part) for part in (True, False))
+    files = ["test_example.py", some.partition("::")[0], complete]
+    items = [
+        SimpleNamespace(nodeid=f"tests/{file}::test_{number}", add_marker=lambda marker: None)
+        for file in files
+        for number in range(2)
+    ]
+    pytest_collection_modifyitems(items)
+    assert [item.nodeid for item in items] == [
+        f"tests/{file}::test_{number}" for file in reversed(files) for number in range(2)
+    ]
 
 
 EXAMPLES = """
@@ -38,7 +53,7 @@ def test_waits_for_a_process_that_works():
 """
 
 
-@pytest.mark.parametrize(("workers", "limit", "exit_status"), [(0, "0.15", 1), (1, "0.15", 1), (1, "60", 0)])
+@pytest.mark.parametrize(("workers", "limit", "exit_status"), [(0, "0.15", 1), (1, "0.15", 1), (0, "60", 0)])
 def test_a_test_beyond_the_limit_fails_the_session_and_is_printed_as_a_line_of_the_list(
     tmp_path, workers, limit, exit_status
 ):

@@ -246,16 +246,15 @@ def test_a_malformed_configuration_of_dask_is_named(tmp_path, monkeypatch):
     file = tmp_path / ".config" / "dask" / "natgrad.yaml"
     file.parent.mkdir(parents=True)
     monkeypatch.setenv("HOME", str(tmp_path))
-    for text, why in (
-        ("distributed:\n  comm:\n   tls: [\n", "line 4, column 1"),
-        ("text", "it is not a mapping"),
+    for arguments, text, why in (
+        (("report", tmp_path), "distributed:\n  comm:\n   tls: [\n", "line 4, column 1"),
+        (("process", tmp_path, tmp_path / "out"), "text", "it is not a mapping"),
     ):
         file.write_text(text)
-        for arguments in (("report", tmp_path), ("process", tmp_path, tmp_path / "out")):
-            done = natgrad_process(*arguments)
-            assert done.returncode == 2
-            for part in ("a configuration file of Dask is malformed", f"where: {file}\n", why, "correct this file"):
-                assert part in done.stderr
+        done = natgrad_process(*arguments)
+        assert done.returncode == 2
+        for part in ("a configuration file of Dask is malformed", f"where: {file}\n", why, "correct this file"):
+            assert part in done.stderr
     # The remedy works.
     file.unlink()
     assert "is malformed" not in natgrad_process("report", tmp_path).stderr
@@ -611,11 +610,11 @@ def test_progress_has_rates_and_starts_before_the_number_of_states_is_known(run,
     assert re.search(r"12/12 [\d.]+ states/s", drawn)
     # Only sequences that set colours are affected by NO_COLOR.
     assert not re.search(r"\x1b\[[\d;]*(3\d|4\d|9\d)m", drawn)
-    assert re.search(r"\x1b\[[\d;]*3\dm", on_a_terminal("process", run[0], tmp_path / "colours")[0])
+    assert re.search(r"\x1b\[[\d;]*3\dm", on_a_terminal("ingest", run[0], tmp_path / "colours")[0])
 
 
 def test_without_a_terminal_nothing_is_drawn(run, tmp_path):
-    done = natgrad_process("process", run[0], tmp_path, environment={"FORCE_COLOR": ""})
+    done = natgrad_process("ingest", run[0], tmp_path, environment={"FORCE_COLOR": ""})
     assert done.returncode == 0
     assert "\x1b" not in done.stdout + done.stderr
 

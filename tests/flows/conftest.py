@@ -1,4 +1,5 @@
 import contextlib
+import shutil
 import sqlite3
 
 import pytest
@@ -44,3 +45,12 @@ def server(tmp_path_factory):
             used.backup(copy)
         yield server
         end_clients()
+
+
+@pytest.fixture
+def home(server, tmp_path):
+    """Return the folder of a server with an existing database, because creating one takes a few seconds."""
+    home = tmp_path / "prefect"
+    home.mkdir()
+    shutil.copy(server.empty, home / "prefect.db")
+    return home

@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*"),
 ]
 
-STEPS, FLOW_AFTER = 8, (2, 5)
+STEPS, FLOW_AFTER = 8, (3,)
 
 
 class Flows:

@@ -171,22 +171,15 @@ def test_an_error_that_may_heal_is_retried(log, tmp_path):
 
 
 @pytest.mark.usefixtures("hostile")
-@pytest.mark.parametrize(
-    ("name", "what"),
-    [
-        ("hang", "timeout: no progress for 15 s"),
-        ("kill", r"the process of the run was killed by signal 9 \(SIGKILL\)"),
-        ("allocate", "out of memory"),
-    ],
-)
-def test_a_flow_that_hangs_crashes_or_exhausts_memory_fails_in_time(tmp_path, name, what):
-    (tmp_path / name).mkdir()
-    (tmp_path / name / name).touch()
-    with pytest.raises(InputError, match=what) as failure:
-        runs.process_run(tmp_path / name, tmp_path / "out" / name, workers=1, stall_timeout=15)
+def test_a_flow_that_hangs_fails_in_time(tmp_path):
+    # tests/app/test_scan.py has logs that crash the process or exhaust its memory.
+    (tmp_path / "log").mkdir()
+    (tmp_path / "log" / "hang").touch()
+    with pytest.raises(InputError, match="timeout: no progress for 5 s") as failure:
+        runs.process_run(tmp_path / "log", tmp_path / "out", workers=1, stall_timeout=5)
     assert "the flow can be run again" in failure.value.remedy
-    assert task_runs()[f"ingest {tmp_path / 'out' / name}"].run_count == 1
-    assert scan.Outcome.of(tmp_path / "out" / name).error["heals"]
+    assert task_runs()[f"ingest {tmp_path / 'out'}"].run_count == 1
+    assert scan.Outcome.of(tmp_path / "out").error["heals"]
 
 
 def test_longer_work_shows_the_progress_of_each_stage(tmp_path):
@@ -343,14 +336,6 @@ def test_a_flow_accepts_urls(log):
     out = "s3://bucket/out"
     for file in sorted(log.iterdir()):
         open_storage(f"s3://bucket/log/{file.name}").put(file.read_bytes())
-    assert runs.process_run("s3://bucket/log", out, workers=1)["new_steps"] == 8
-    outcome = scan.Outcome.of(out)
-    assert outcome.is_current(scan.listing("s3://bucket/log"), outcome.options, out)
-    (page,) = artifacts(shown.key_of("analyzed", out))
-    assert "Report: `s3://bucket/out/report.html`" in page
-    with (open_storage(out) / "processing").lock("run"):
-        assert "another process is writing this run" in runs.process_run("s3://bucket/log", out)["skipped"]
-    out = "s3://bucket/versions"
     assert runs.process_run("s3://bucket/log", out, workers=1, store="icechunk")["new_steps"] == 8
     assert [row["message"].partition(" ")[0] for row in open_out(out).versions()][:3] == [
         "results",
@@ -360,4 +345,8 @@ def test_a_flow_accepts_urls(log):
     outcome = scan.Outcome.of(out)
     assert outcome.is_current(scan.listing("s3://bucket/log"), outcome.options, out)
     assert "store" not in outcome.options
+    (page,) = artifacts(shown.key_of("analyzed", out))
+    assert "Report: `s3://bucket/out/report.html`" in page
+    with (open_storage(out) / "processing").lock("run"):
+        assert "another process is writing this run" in runs.process_run("s3://bucket/log", out)["skipped"]
     assert runs.process_run("s3://bucket/log", out, workers=1)["new_steps"] == 0

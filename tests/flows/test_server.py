@@ -1,7 +1,6 @@
 """Test scans with Prefect servers that are missing, stopped or damaged, with real processes."""
 
 import os
-import shutil
 import signal
 import subprocess
 
@@ -53,11 +52,11 @@ def natgrad_scan(root, out, variables):
     )
 
 
-def test_a_scan_without_a_server_starts_one_that_must_be_able_to_read_its_database(root, tmp_path):
+def test_a_scan_without_a_server_starts_one_that_must_be_able_to_read_its_database(root, home, tmp_path):
     variables = environment(tmp_path)
     done = natgrad_scan(root, tmp_path / "out", variables)
     assert (done.returncode, done.stderr) == (0, "")
-    database = tmp_path / "prefect" / "prefect.db"
+    database = home / "prefect.db"
     os.truncate(database, database.stat().st_size // 2)
     for suffix in ("-wal", "-shm"):
         database.with_name(database.name + suffix).unlink(missing_ok=True)
@@ -66,15 +65,6 @@ def test_a_scan_without_a_server_starts_one_that_must_be_able_to_read_its_databa
     for part in ("the Prefect server cannot start", "prefect.db", "malformed", "move the database away"):
         assert part in done.stderr
     assert "Traceback" not in done.stderr
-
-
-@pytest.fixture
-def home(server, tmp_path):
-    """Return the folder of a server with an existing database, because creating one takes a few seconds."""
-    home = tmp_path / "prefect"
-    home.mkdir()
-    shutil.copy(server.empty, home / "prefect.db")
-    return home
 
 
 @pytest.mark.usefixtures("home")

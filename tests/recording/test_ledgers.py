@@ -276,7 +276,7 @@ for step in range(1_000_000):
 
 def test_a_trainer_that_is_killed_loses_at_most_the_last_update(tmp_path):
     taken = 0
-    for _ in range(3):
+    for _ in range(2):
         process = subprocess.Popen(
             [sys.executable, "-c", TRAINER, str(taken)], cwd=tmp_path, stdout=subprocess.PIPE, text=True
         )

@@ -6,8 +6,8 @@ import pickle
 import numpy as np
 import pytest
 import safetensors.numpy
-import torch
 
+from lazy import Lazy
 from logs import random_walk
 from natgrad.schema.errors import InputError
 from natgrad.sources.checkpoints.npy_file import NpyFile
@@ -17,6 +17,8 @@ from natgrad.sources.steps import LoggedStep
 from natgrad.storage import LocalStorage, open_storage
 from natgrad.store import open_trajectory
 from opened import ingest
+
+torch = Lazy("torch")
 
 TENSORS = {"W1": (4, 3), "b1": (4,)}
 STATES = random_walk(4, TENSORS, "float32")
