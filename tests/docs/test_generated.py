@@ -1,4 +1,4 @@
-"""Test that the generated parts of the documentation are up to date, and that the check detects if they are not."""
+"""Test that the check of the generated parts of the documentation, of `make lint`, detects if they are outdated."""
 
 import re
 import shutil
@@ -18,11 +18,6 @@ def generate(root, *arguments):
     return subprocess.run(
         [sys.executable, root / "docs" / "generate.py", *arguments], capture_output=True, text=True, check=False
     )
-
-
-def test_the_generated_parts_are_up_to_date():
-    checked = generate(ROOT, "--check")
-    assert (checked.returncode, checked.stderr) == (0, "")
 
 
 @pytest.fixture
