@@ -106,7 +106,6 @@ def test_the_small_run_of_these_tests_has_several_of_everything(tmp_path):
     ("parameter", "gradient", "hvp"),
     [
         ("float16", "float16", None),
-        ("bfloat16", "bfloat16", "float32"),
         ("float32", "float32", None),
         ("float64", "float64", "float32"),
         ("bfloat16", "float32", "float32"),

@@ -37,12 +37,9 @@ def test_the_same_holds_for_states_in_place():
 @pytest.mark.parametrize(
     ("kind", "way"),
     [
-        ("trajectory.zarr state", "delete"),
         ("trajectory.zarr record", "flip"),
-        ("trajectory.zarr loss", "zero"),
         ("trajectory.zarr reads", "flip"),
         ("ledger.zarr gram", "zero"),
-        ("ledger.zarr zarr.json", "truncate"),
         ("results.zarr array", "flip"),
     ],
 )

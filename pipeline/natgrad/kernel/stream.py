@@ -294,7 +294,9 @@ def products(
         raise ValueError(f"the buffer has {buffer.nbytes} bytes, but {needed} are needed")
     words = [words_of([np.empty((0, 0), dtype)])[0].dtype for dtype in dtypes]
     like = tuple(np.empty(0, dtype) for dtype in (*words, words[0], words[0])[:3])
-    descriptors, offsets = (np.concatenate(parts, axis=1) for parts in list(zip(*files, strict=True))[:2])
+    # Single columns would be joined in the order of Fortran, for which the loop would be compiled again.
+    joined = (np.concatenate(parts, axis=1) for parts in list(zip(*files, strict=True))[:2])
+    descriptors, offsets = map(np.ascontiguousarray, joined)
     addresses = np.zeros((3, batch + 1), np.uintp)
     p, g, h = addresses if len(files) > 1 else (addresses[0], addresses[0], addresses[2])
     if checksums is not None:
