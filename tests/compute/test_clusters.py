@@ -11,6 +11,7 @@ import shutil
 import signal
 import socket
 import stat
+import subprocess
 import sys
 import threading
 import time
@@ -497,3 +498,17 @@ def test_an_invalid_amount_of_memory_is_an_error(amount):
         clusters.memory_bytes(amount)
     assert repr(amount) in caught.value.what
     assert caught.value.where == "option memory_limit"
+
+
+@pytest.mark.parametrize("guarded", [False, True])
+def test_a_program_that_its_workers_would_run_again_is_told_what_to_do(tmp_path, guarded):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "from natgrad.compute.clusters import local_scheduler\n"
+        + ("if __name__ == '__main__':\n    " if guarded else "")
+        + "with local_scheduler(1) as address: print(address)\n"
+    )
+    done = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=500)
+    assert (done.returncode == 0) == guarded, done.stderr
+    assert ("tcp://" in done.stdout) == guarded
+    assert ("call natgrad below the line: if __name__ == '__main__':" in done.stderr) != guarded

@@ -84,6 +84,11 @@ def local_scheduler(workers: int, memory_limit: int | None = None, threads: int 
         Bytes of each process; 0 for no limit. Default: its share of the memory of the machine.
     threads : int
         Number of threads that libraries may use in each process.
+
+    Raises
+    ------
+    InputError
+        If a process does not start, usually because it imports a program that starts processes itself.
     """
     import dask.config
     from distributed import LocalCluster
@@ -92,22 +97,27 @@ def local_scheduler(workers: int, memory_limit: int | None = None, threads: int 
     # process, and by the workers, which set up logging before they receive any other configuration.
     logging.getLogger("distributed").setLevel(logging.WARNING)
     environment = dict.fromkeys(ONE_THREAD, str(threads)) | {"DASK_LOGGING__DISTRIBUTED": "warning"}
-    with (
-        dask.config.set(
-            {f"distributed.nanny.pre-spawn-environ.{key}": value for key, value in environment.items()}
-        ),
-        LocalCluster(
-            n_workers=workers,
-            threads_per_worker=1,
-            processes=True,
-            memory_limit="auto" if memory_limit is None else memory_limit,
-            config=dask.config.merge(dask.config.config, _WORKER_CONFIG),
-            # Dask serves its health page even without a dashboard, and warns if another process uses the port.
-            scheduler_kwargs={"dashboard": False, "dashboard_address": "127.0.0.1:0"},
-            silence_logs=logging.ERROR,
-        ) as cluster,
-    ):
-        yield cluster.scheduler_address
+    settings = {f"distributed.nanny.pre-spawn-environ.{key}": value for key, value in environment.items()}
+    with dask.config.set(settings):
+        try:
+            started = LocalCluster(
+                n_workers=workers,
+                threads_per_worker=1,
+                processes=True,
+                memory_limit="auto" if memory_limit is None else memory_limit,
+                config=dask.config.merge(dask.config.config, _WORKER_CONFIG),
+                # Dask serves its health page even without a dashboard, and warns if another process uses the port.
+                scheduler_kwargs={"dashboard": False, "dashboard_address": "127.0.0.1:0"},
+                silence_logs=logging.ERROR,
+            )
+        except RuntimeError as error:
+            raise InputError(
+                f"worker processes cannot be started: {error}",
+                why="each of them imports the program that starts them, which must not start them again",
+                remedy="in a program, call natgrad below the line: if __name__ == '__main__':",
+            ) from error
+        with started as cluster:
+            yield cluster.scheduler_address
 
 
 def worker_number() -> int:
