@@ -431,6 +431,7 @@ ACROSS_MODULES = {
     "ingestion/test_recovered_gradients.py",  # recovered gradients, from the log to labelled results
     "ingestion/test_replicate_log.py",  # replicates, from the log to labelled results
     "recording/test_torch_errors.py",  # the errors and warnings of natgrad.recording.torch
+    "results/test_window_status.py",  # natgrad.results.updates; a test of the kernel has its name
     "sources/test_reader_memory.py",  # one bound for all readers
     "storage/test_disk.py",  # full, read-only and limited disks, in every stage
 }
