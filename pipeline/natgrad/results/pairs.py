@@ -472,7 +472,7 @@ def _rest(gram: Array, index: Mapping[str, int], share: Array, correction: Array
     )
     best = np.where(share == 0, ratio, np.where(cancelled, 0.0, best))
     add(residual, displacement, ratio - best)
-    add(residual, parameter, np.where(share == 0, 0.0, -best * share))
+    add(residual, parameter, -best * share)
     across_length = norm(residual) + np.abs(ratio - best) * norm(displacement) + np.abs(best) * decayed
     add(displacement, parameter, share)
     # Its products with other vectors are known, and are a part of those of the model.
