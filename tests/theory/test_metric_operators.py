@@ -308,6 +308,13 @@ def test_options_that_define_no_metric_are_an_error(options, message):
         Metric(Y, G, **options)
 
 
+def test_a_factor_without_an_exponent_may_be_indefinite():
+    exchange, diagonal = np.array([[0.0, 1.0], [1.0, 0.0]]), np.array([1.0, 3.0])
+    np.testing.assert_allclose(extreme_eigenvalues(Kronecker(exchange, diagonal)), (-3.0, 3.0), rtol=1e-14)
+    with pytest.raises(InputError, match="the power 0.5 of a factor does not exist"):
+        Kronecker(exchange, diagonal, exponent=0.5)
+
+
 def test_invalid_shapes_are_an_error():
     for y, g in ((Y, G[:3]), (np.zeros(0), np.zeros(0)), (np.float64(1), np.float64(1))):
         with pytest.raises(InputError, match="invalid shapes: y has"):
