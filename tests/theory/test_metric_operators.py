@@ -311,7 +311,7 @@ def test_options_that_define_no_metric_are_an_error(options, message):
 def test_a_factor_without_an_exponent_may_be_indefinite():
     exchange, diagonal = np.array([[0.0, 1.0], [1.0, 0.0]]), np.array([1.0, 3.0])
     np.testing.assert_allclose(extreme_eigenvalues(Kronecker(exchange, diagonal)), (-3.0, 3.0), rtol=1e-14)
-    with pytest.raises(InputError, match="the power 0.5 of a factor does not exist"):
+    with pytest.raises(InputError, match=r"the power 0\.5 of a factor does not exist"):
         Kronecker(exchange, diagonal, exponent=0.5)
 
 
