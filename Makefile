@@ -73,6 +73,7 @@ cluster-test: install
 
 bench: install
 	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks.commands
 	$(BIN)/python -m benchmarks.scanning
 	$(BIN)/python -m benchmarks.recording
 	$(BIN)/python -m benchmarks.replay

@@ -377,6 +377,28 @@ def test_an_ingest_that_no_pass_followed_can_be_repeated_for_a_moved_log(tmp_pat
     assert content(tmp_path / "out") == content(tmp_path / "copied")
 
 
+@pytest.mark.parametrize("was_read", [True, False])
+def test_states_that_are_no_longer_plain_bytes_are_copied(tmp_path, was_read):
+    states = random_walk(STATES, TENSORS)
+    log = write_log(tmp_path / "log", states, container="npz")
+    ingest(log, tmp_path / "out/trajectory.zarr", in_place=True, limits=SMALL["limits"])
+    if was_read:
+        process(log, tmp_path / "out", **SMALL)
+    for step in (2, 3, 5):
+        np.savez_compressed(log / f"step_{step}.npz", **states[step])
+    summary = process(log, tmp_path / "out", **SMALL)
+    assert summary.new_steps == 0
+    assert "3 states are copied, because their files no longer contain them as plain bytes" in summary.warnings
+    process(log, tmp_path / "copied", **SMALL)
+    assert content(tmp_path / "out") == content(tmp_path / "copied")
+    for step in (2, 3, 5):
+        (log / f"step_{step}.npz").unlink()
+    assert not list(verify_trajectory(tmp_path / "out/trajectory.zarr"))
+    copies.materialize(open_store(tmp_path / "out/trajectory.zarr"))
+    shutil.rmtree(log)
+    assert content(tmp_path / "out") == content(tmp_path / "copied")
+
+
 # Restarts ------------------------------------------------------------------------------------------------------
 
 
@@ -409,11 +431,18 @@ def test_a_restart_keeps_the_updates_of_states_that_it_overwrites(tmp_path):
     assert caught.value.where == str(tmp_path / "placed/log/step_4.safetensors")
 
 
-def test_states_that_were_overwritten_before_a_pass_have_no_updates(tmp_path):
-    states = random_walk(STATES, TENSORS)
-    write_log(tmp_path / "log", states)
+@pytest.mark.parametrize("copied", [frozenset(), {"gradient"}])
+def test_states_that_were_overwritten_before_a_pass_have_no_updates(tmp_path, copied):
+    def write(states, numbers):
+        for number in numbers:
+            order = {name: "F" if name.partition("/")[0] in copied else "C" for name in states[number]}
+            arrays = {name: np.asarray(values, order=order[name]) for name, values in states[number].items()}
+            write_step(tmp_path / "log", number, arrays, "npz")
+
+    write(random_walk(STATES, TENSORS), range(STATES))
     ingest(tmp_path / "log", tmp_path / "out/trajectory.zarr", in_place=True, limits=SMALL["limits"])
-    restart(tmp_path / "log", 4, STATES + 2)
+    write(random_walk(STATES + 2, TENSORS, seed=5), range(4, STATES + 2))
+    assert copied_arrays(tmp_path / "out") == copied
     process(tmp_path / "log", tmp_path / "out", **SMALL)
     trajectory, ledger = (opener(tmp_path / "out" / name) for opener, name in OPENERS.items())
     assert trajectory.gone == set(range(4, STATES))

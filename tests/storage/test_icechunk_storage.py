@@ -3,6 +3,7 @@
 import datetime
 import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import xarray as xr
 import zarr
 
 import logs
+import natgrad
 from natgrad.app import cli, run
 from natgrad.app.describe import describe_run
 from natgrad.app.verification import verify_run
@@ -29,7 +31,7 @@ from opened import TIMES, compute_ledger, read_results
 from processing import Serial
 
 
-def opened(server, out):
+def opened(server, out, authorized=None):
     """The repository in OUT, opened with Icechunk directly."""
     storage = icechunk.s3_storage(
         bucket="bucket",
@@ -39,7 +41,7 @@ def opened(server, out):
         force_path_style=True,
         from_env=True,
     )
-    return icechunk.Repository.open(storage)
+    return icechunk.Repository.open(storage, authorize_virtual_chunk_access=authorized)
 
 
 def content(out):
@@ -228,6 +230,143 @@ def test_overwriting_starts_from_scratch_and_keeps_old_versions(s3_server, url, 
     assert content(url) == content(tmp_path / "out")
 
 
+# States in place ---------------------------------------------------------------------------------------------
+
+TENSORS = {"a": (30,), "b": (7, 5), "c": (11,)}
+"""Five chunk columns. The last one of the parameter ends after the end of the file of its step."""
+
+
+@pytest.fixture(scope="module")
+def placed(s3_server, tmp_path_factory):
+    """Process a log in place in a repository and by copy in a folder; continue both, and remove copied states."""
+    folder = tmp_path_factory.mktemp("placed")
+    states = logs.random_walk(11, TENSORS)
+    log = folder / "my log#%"
+    outs, warnings = (open_storage("s3://bucket/placed"), folder / "out"), []
+    options = {outs[0]: {"store": "icechunk", "in_place": True}, outs[1]: {}}
+    for numbers in (range(6), range(6, 11)):
+        logs.write_log(log, [states[number] for number in numbers], numbers)
+        for out in outs:
+            ingested = run.ingest_run(log, out, limits=IngestLimits(chunk=(2, 16)), **options[out])
+            warnings.append(ingested.warnings)
+            run.analyze_run(out, Serial())
+    return *outs, log, warnings
+
+
+def prefixes(repository):
+    return dict.fromkeys(repository.config.virtual_chunk_containers or {})
+
+
+def test_chunks_that_are_ranges_of_files_are_virtual(s3_server, placed):
+    out, copied, log, warnings = placed
+    here, there = (open_trajectory(f"{each}/trajectory.zarr") for each in (copied, out))
+    assert there.fingerprint() == here.fingerprint()
+    assert describe_run(out)["in_place"] is True
+    books = (open_ledger(f"{each}/ledger.zarr").read() for each in (out, copied))
+    for one, other in zip(*books, strict=True):
+        assert one.tobytes() == other.tobytes()
+    assert warnings[0] == [
+        "parameter: 6 of 30 new chunks are copied, because they are not one range of a file: a virtual chunk "
+        "cannot have several"
+    ]
+    assert warnings[1] == warnings[3] == []
+    assert verify_run(out) == []
+    assert natgrad.open_states(str(out)).equals(natgrad.open_states(str(copied)))
+    # Any reader with the permission to read the folder of the log.
+    containers = prefixes(opened(s3_server, out))
+    assert list(containers) == [f"file://{log}/"]
+    session = opened(s3_server, out, containers).readonly_session("main")
+    assert len(session.all_virtual_chunk_locations()) == 11 * (5 + 4)
+    states = zarr.open_group(session.store, path="trajectory.zarr", mode="r")
+    kept = zarr.open_group(copied / "trajectory.zarr", mode="r")
+    for name in ("parameter", "gradient"):
+        assert np.array_equal(states[name][:], kept[name][:])
+    denied = opened(s3_server, out).readonly_session("main").store
+    with pytest.raises(icechunk.IcechunkError, match="you need to authorize the virtual chunk container"):
+        zarr.open_group(denied, path="trajectory.zarr", mode="r")["gradient"][:]
+
+
+def test_a_changed_file_is_refused_by_every_reader(s3_server, placed, tmp_path):
+    out, _, log, _ = placed
+    file = log / "step_4.safetensors"
+    kept = shutil.copy2(file, tmp_path)
+    content = bytearray(file.read_bytes())
+    content[-7] ^= 1
+    file.write_bytes(content)
+    try:
+        assert {damage.path for damage in verify_run(out)} == {str(file)}
+        with pytest.raises(InputError, match="it was changed after it was recorded") as refusal:
+            natgrad.open_states(str(out))["gradient"].load()
+        assert refusal.value.where == str(file)
+        later = file.stat().st_mtime + 9
+        os.utime(file, (later, later))
+        store = opened(s3_server, out, prefixes(opened(s3_server, out))).readonly_session("main").store
+        with pytest.raises(icechunk.IcechunkError, match="has changed"):
+            zarr.open_group(store, path="trajectory.zarr", mode="r")["gradient"][4]
+    finally:
+        shutil.copy2(kept, file)
+    assert verify_run(out) == []
+
+
+def test_virtual_chunks_move_with_the_log_and_can_be_copied(s3_server, url, tmp_path):
+    log = logs.write_log(tmp_path / "log", logs.random_walk(4, TENSORS))
+    run.ingest_run(log, url, store="icechunk", in_place=True, limits=IngestLimits(chunk=(2, 16)))
+    run.analyze_run(url, Serial())
+    found = open_trajectory(f"{url}/trajectory.zarr").fingerprint(), open_ledger(f"{url}/ledger.zarr").records()
+    log = log.rename(tmp_path / "moved")
+    assert {damage.what.rpartition(": ")[2] for damage in verify_run(url)} == {"it is missing"}
+    assert run.ingest_run(log, url).new_steps == 0
+    assert {*prefixes(opened(s3_server, url))} == {f"file://{tmp_path}/log/", f"file://{log}/"}
+    assert verify_run(url) == []
+    assert natgrad.materialize(str(url)).bytes == 4 * (76 + 64) * 4
+    shutil.rmtree(log)
+    assert verify_run(url) == []
+    assert (
+        open_trajectory(f"{url}/trajectory.zarr").fingerprint(),
+        open_ledger(f"{url}/ledger.zarr").records(),
+    ) == found
+    assert run.analyze_run(url, Serial()).computed_chunks == 0
+    assert opened(s3_server, url).readonly_session("main").all_virtual_chunk_locations() == []
+
+
+def test_states_that_are_partly_copied_are_removed_completely(s3_server, url, tmp_path):
+    log = logs.write_log(tmp_path / "log", logs.random_walk(4, TENSORS))
+    run.ingest_run(log, url, store="icechunk", in_place=True, limits=IngestLimits(chunk=(2, 16)))
+    run.analyze_run(url, Serial())
+    removed = natgrad.slim(str(url))
+    assert (removed.states, removed.bytes) == (3, 3 * 12 * 4)
+    assert verify_run(url) == []
+    logs.write_log(log, logs.random_walk(5, TENSORS)[4:], [4])
+    log = log.rename(tmp_path / "moved")
+    assert run.ingest_run(log, url).new_steps == 1
+    assert run.analyze_run(url, Serial()).computed_updates == 1
+    assert len(opened(s3_server, url).readonly_session("main").all_virtual_chunk_locations()) == 2 * 9
+    assert natgrad.materialize(str(url)).states == 2
+    assert verify_run(url) == []
+
+
+def test_a_log_in_an_object_store_has_virtual_chunks(s3_server, url, tmp_path):
+    log, states = url / "a log#%25", logs.random_walk(4, TENSORS)
+    for number, state in enumerate(states):
+        path = logs.write_step(tmp_path, number, state)
+        (log / path.name).put(path.read_bytes())
+    run.ingest_run(log, url / "out", store="icechunk", in_place=True)
+    run.ingest_run(tmp_path, tmp_path / "out")
+    limits = PlanLimits(tile_bytes=1, least_cluster_bytes=0)
+    for out, executor in ((url / "out", executors.local(2)), (tmp_path / "out", executors.serial)):
+        compute_ledger(f"{out}/trajectory.zarr", f"{out}/ledger.zarr", executor=executor, limits=limits)
+    books = (open_ledger(f"{out}/ledger.zarr").read()[0] for out in (url / "out", tmp_path / "out"))
+    assert len({book.tobytes() for book in books}) == 1
+    credentials = {
+        prefix: icechunk.s3_credentials(from_env=True) for prefix in prefixes(opened(s3_server, url / "out"))
+    }
+    authorized = icechunk.containers_credentials(credentials)
+    store = opened(s3_server, url / "out", authorized).readonly_session("main").store
+    there = zarr.open_group(store, path="trajectory.zarr", mode="r")
+    here = zarr.open_group(tmp_path / "out/trajectory.zarr", mode="r")
+    assert np.array_equal(there["gradient"][:], here["gradient"][:])
+
+
 # Workers -----------------------------------------------------------------------------------------------------
 
 
@@ -281,8 +420,26 @@ def pipe_file(files, path, value, **options):
 
 RepositoryFiles.pipe_file = pipe_file
 limits = IngestLimits(chunk=(8, 17), commit_bytes=1)
-run.ingest_run(sys.argv[1], sys.argv[2], store="icechunk", limits=limits)
+run.ingest_run(sys.argv[1], sys.argv[2], store="icechunk", limits=limits, in_place=len(sys.argv) > 4)
 """
+
+
+def test_a_killed_run_in_place_is_resumed(url, tmp_path):
+    """Killed when the record of new states is written, and before it is committed."""
+    states = logs.random_walk(9, TENSORS)
+    log = logs.write_log(tmp_path / "log", states[:5])
+    run.ingest_run(log, url, store="icechunk", in_place=True)
+    logs.write_log(log, states[5:], range(5, 9))
+    done = subprocess.run([sys.executable, "-c", KILLED, str(log), str(url), "1", "in place"], check=False)
+    assert done.returncode == -9
+    assert open_trajectory(str(url / "trajectory.zarr")).n_states == 5
+    assert verify_run(url) == []
+    for out in (url, tmp_path / "out"):
+        run.ingest_run(log, out)
+        run.analyze_run(out, Serial())
+    there, here = (open_trajectory(f"{out}/trajectory.zarr") for out in (url, tmp_path / "out"))
+    assert there.fingerprint() == here.fingerprint()
+    assert verify_run(url) == []
 
 
 def test_a_killed_run_is_resumed(url, tmp_path):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -133,13 +134,15 @@ def compute_ledger(
         updates = sum(item.n_updates for item in missing)
         if updates < plan.n_updates:
             _log.info("%d of these updates are missing from the ledger", updates)
+        # The checksums of states that are read in place are published together with the ledger.
+        recorded = cache(lambda: Trajectory(states.storage.published_with(ledger)) if states.in_place else states)
         run = executor or serial
         try:
             for done, found in enumerate(run(job, missing, lambda: preparing.result().digests), start=1):
                 prepared = preparing.result()
                 chunk = found.chunk if isinstance(found, Computed) else found
                 if isinstance(found, Computed):
-                    prepared.ledger.write(*found)
+                    found.write(prepared.ledger, recorded)
                 fields = {
                     "run": job.run,
                     "first_step": int(prepared.steps[chunk.start]),
@@ -155,10 +158,10 @@ def compute_ledger(
             raise
         prepared = preparing.result()
         for chunk, shorter in prepared.settled.items():
-            prepared.ledger.settle(chunk, states.digests([shorter])[shorter])
+            prepared.ledger.settle(chunk, recorded().digests([shorter])[shorter])
         if missing:
             _record_times(prepared, earlier, job.verified)
-        verified = verified_since(states, prepared.ledger)
+        verified = verified_since(recorded(), prepared.ledger)
         ledger.publish(f"ledger of {job.run}: {len(missing)} of {len(items)} chunks computed")
     return PassSummary(plan.n_updates, len(items), len(missing), updates, plan, verified)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import threading
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -138,13 +138,33 @@ class Job(Work):
 
 
 class Computed(NamedTuple):
-    """A ledger chunk that the client must write, with the arguments of `natgrad.store.Ledger.write`."""
+    """A ledger chunk that the client must write.
+
+    Attributes
+    ----------
+    chunk : LedgerChunk
+    digest : str
+        Digest of its states; replaced if ``reads`` is given.
+    products : tuple of arrays
+        Inner products, ratio and, if there are replicates, their inner products; see `natgrad.store.Ledger.write`.
+    reads : Reads, optional
+        Checksums of states that were read from the files of the log.
+    """
 
     chunk: LedgerChunk
-    gram: NDArray[np.float64]
-    ratio: NDArray[np.float64]
     digest: str
-    replicate_gram: NDArray[np.float64] | None = None
+    products: tuple[NDArray[np.float64], ...]
+    reads: Reads | None
+
+    def write(self, ledger: Ledger, states: Callable[[], Trajectory]) -> None:
+        """Record the checksums of the states, which determine the digest, and write the chunk."""
+        digest = self.digest
+        if self.reads is not None:
+            trajectory = states()
+            trajectory.checksums.record(self.reads)
+            digest = trajectory.digests([self.chunk])[self.chunk]
+        products, ratio, *replicate_products = self.products
+        ledger.write(self.chunk, products, ratio, digest, *replicate_products)
 
 
 Finished = LedgerChunk | Computed
@@ -413,21 +433,14 @@ def _buffer(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[
 
 
 def write_chunk(job: Job, chunk: LedgerChunk, digest: str, tiles: Iterable[Tiled]) -> Finished:
-    """Add up the segments of the tiles of a ledger chunk in the order of the element axis, and write the chunk.
-
-    The checksums of states that were read from the files of the log are recorded first. They determine the digest.
-    """
+    """Add up the segments of the tiles of a ledger chunk in the order of the element axis, and write the chunk."""
     tiles = list(tiles)
-    parts = (tile.segments for tile in tiles)
-    if job.ledger.keeps_versions:
-        tensors = len(_trajectory(job).layout.tensors)
-        products, ratio, *replicate_products = _summed(tensors, _joined(parts))
-        return Computed(chunk, products, ratio, digest, *replicate_products)
-    if reads := [tile.reads for tile in tiles if tile.reads is not None]:
-        states = _trajectory(job)
-        states.checksums.record(_of_columns(reads))
-        digest = states.digests([chunk])[chunk]
-    ledger = Ledger(job.ledger)
-    products, ratio, *replicate_products = _summed(len(ledger.layout.tensors), _joined(parts))
-    ledger.write(chunk, products, ratio, digest, *replicate_products)
+    ledger = Ledger(job.ledger) if job.writes else None
+    layout = (ledger or _trajectory(job)).layout
+    products = _summed(len(layout.tensors), _joined(tile.segments for tile in tiles))
+    reads = [tile.reads for tile in tiles if tile.reads is not None]
+    computed = Computed(chunk, digest, products, _of_columns(reads) if reads else None)
+    if ledger is None:
+        return computed
+    computed.write(ledger, lambda: _trajectory(job))
     return chunk

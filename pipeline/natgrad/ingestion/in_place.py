@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from natgrad.schema.layout import storage_dtype
 from natgrad.schema.names import replicate_of
@@ -14,7 +15,23 @@ from natgrad.storage import Storage
 from natgrad.store import Trajectory
 from natgrad.store.references import Pieces, ReferencedFile, StateReference, merged
 
-__all__ = ["Locator"]
+__all__ = ["Locator", "Relocated"]
+
+
+class Relocated(NamedTuple):
+    """A step whose files are not as recorded, although it has the contents of a committed state.
+
+    Attributes
+    ----------
+    step : LoggedStep
+    content : StepContent
+    reference : StateReference or None
+        Where its arrays are now; None if none of them consists of plain bytes.
+    """
+
+    step: LoggedStep
+    content: StepContent
+    reference: StateReference | None
 
 
 @dataclass(frozen=True)

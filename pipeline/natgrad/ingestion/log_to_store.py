@@ -26,7 +26,7 @@ from natgrad.ingestion.new_updates import (
 )
 from natgrad.ingestion.products import ProductsWriter
 from natgrad.ingestion.read_options import ReadOptions
-from natgrad.ingestion.transfer import EXTREMES, Progress, Writer
+from natgrad.ingestion.transfer import EXTREMES, Progress, Writer, copy_unlocated
 from natgrad.ingestion.waiting import StepWait
 from natgrad.schema.configuration import Scalar
 from natgrad.schema.errors import InputError
@@ -318,9 +318,16 @@ def _ingest(
         committed = committed_steps(trajectory) - incomplete_steps(trajectory)
         listed = log.hold(listed, lambda step: (step.run, step.number) not in committed)
         listed = finished_steps(log, listed, trajectory, warnings)
-        new, identities_now, references_now = states_to_write(log, listed, trajectory, allow_gaps, wait, warnings)
+        new, identities_now, relocated = states_to_write(log, listed, trajectory, allow_gaps, wait, warnings)
         if trajectory is not None and identities_now:
-            trajectory.replace_sources(identities_now, references_now)
+            copies = copy_unlocated(log, trajectory, relocated)
+            references = {state: found.reference for state, found in relocated.items()}
+            trajectory.replace_sources(identities_now, references, copies)
+            if copies:
+                count = len({state for found in copies.values() for state, _ in found})
+                warnings.append(
+                    f"{count} states are copied, because their files no longer contain them as plain bytes"
+                )
         steps = [state.step for state in new if state.repeats is None]
         if check is not None and (steps or trajectory is not None):
             check(Extent.of(trajectory, new))
@@ -339,7 +346,7 @@ def _ingest(
             warnings += _metrics_not_stored(trajectory, contents)
             configurations = _configurations(log, steps, warnings)
             if check_shape is not None:
-                check_shape(_future_shape(store, trajectory, contents, len(new), limits))
+                check_shape(_future_shape(store, trajectory, contents, len(new), limits, in_place=in_place))
             trajectory = _matching_trajectory(
                 store, trajectory, model, contents, optimizer, options, limits, in_place=in_place
             )
@@ -421,7 +428,7 @@ def _is_in_place(store: Storage, trajectory: Trajectory | None, in_place: bool) 
     Raises
     ------
     InputError
-        If that is requested, but the trajectory contains copies, or keeps versions.
+        If that is requested, but the trajectory contains copies.
     """
     if trajectory is not None and in_place and not trajectory.in_place:
         raise InputError(
@@ -429,13 +436,6 @@ def _is_in_place(store: Storage, trajectory: Trajectory | None, in_place: bool) 
             where=str(trajectory.storage),
             why="--in-place was not set at the first ingest",
             remedy="start from scratch with --overwrite, or omit --in-place",
-        )
-    if in_place and store.keeps_versions:
-        raise InputError(
-            "states cannot be read in place in an Icechunk repository",
-            where=str(store),
-            why="its versions must not depend on files that may change",
-            remedy="omit --in-place, or omit --store icechunk",
         )
     return in_place if trajectory is None else trajectory.in_place
 
@@ -446,6 +446,8 @@ def _future_shape(
     contents: Mapping[LoggedStep, StepContent],
     new: int,
     limits: IngestLimits,
+    *,
+    in_place: bool,
 ) -> TrajectoryShape:
     """Return the shape that the trajectory will have once ``new`` states are written."""
     if trajectory is not None:
@@ -455,13 +457,23 @@ def _future_shape(
     return TrajectoryShape(
         states=new,
         layout=layout,
-        chunk=chunk_shape(len(contents), layout.elements, content.replicates, limits),
+        chunk=_chunk_shape(store, contents, limits, in_place=in_place),
         dtypes={} if content.recorded else stored_dtypes(contents.values()),
         replicates=content.replicates,
         partial_reads=store.local_path is not None,
         keeps_versions=store.keeps_versions,
         recorded=content.recorded,
     )
+
+
+def _chunk_shape(
+    store: Storage, contents: Mapping[LoggedStep, StepContent], limits: IngestLimits, *, in_place: bool
+) -> tuple[int, int]:
+    """Return the shape of the chunks of a new trajectory."""
+    content = next(iter(contents.values()))
+    steps, elements = chunk_shape(len(contents), _layout(content).elements, content.replicates, limits)
+    # A chunk that refers to a file of the log has one state. The width is the same, and so are all bits.
+    return (1 if in_place and store.refers else steps), elements
 
 
 def _layout(content: StepContent) -> Layout:
@@ -506,7 +518,7 @@ def _matching_trajectory(
     else:
         replicates = content.replicates
     if trajectory is None:
-        chunk = chunk_shape(len(contents), layout.elements, content.replicates, limits)
+        chunk = _chunk_shape(store, contents, limits, in_place=in_place)
         logged_scalars = {name for content in contents.values() for name in content.numbers}
         logged_scalars |= {*USUAL_SCALARS}
         scalars = [name for name in (*SCALARS, REPLICATE_LOSS, SKIPPED) if name in logged_scalars]

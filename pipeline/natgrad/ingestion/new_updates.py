@@ -19,7 +19,7 @@ from natgrad.ingestion.description import (
     stored_dtypes,
     stores_optimizer,
 )
-from natgrad.ingestion.in_place import Locator
+from natgrad.ingestion.in_place import Locator, Relocated
 from natgrad.ingestion.products import has_products
 from natgrad.ingestion.transfer import NewState, fill_state
 from natgrad.ingestion.waiting import Gap, StepWait
@@ -30,7 +30,6 @@ from natgrad.sources.changes import changed_lately
 from natgrad.sources.listed import ListedLog
 from natgrad.sources.steps import LoggedStep, NotYet, Unreadable, where
 from natgrad.store import Trajectory, checksum
-from natgrad.store.references import StateReference
 
 __all__ = ["Extent", "committed_steps", "finished_steps", "incomplete_steps", "states_to_write"]
 
@@ -160,7 +159,7 @@ def states_to_write(
     allow_gaps: bool,
     wait: StepWait | None,
     warnings: list[str],
-) -> tuple[list[NewState], dict[int, dict[str, Any]], dict[int, StateReference]]:
+) -> tuple[list[NewState], dict[int, dict[str, Any]], dict[int, Relocated]]:
     """Find the states to write, run by run.
 
     Returns
@@ -169,8 +168,8 @@ def states_to_write(
     identities : dict
         New identity of the source, by committed state, for steps whose files were moved, copied or touched. Their
         contents were read, and are equal to the committed states.
-    references : dict
-        Where these states are in the files of the log, if they are not copied.
+    relocated : dict
+        Where these states are in the files of the log now, if the trajectory is in place.
 
     Raises
     ------
@@ -218,7 +217,10 @@ def states_to_write(
     if provisional is not None and states and not states[0].is_of(provisional):
         # It is kept as it is, because the run was restarted, or its step was removed from the log.
         states.insert(0, provisional)
-    return (states, {}, {}) if committed is None else (states, committed.confirmed, committed.references)
+    if committed is None:
+        return states, {}, {}
+    relocated = {state: committed.relocated[state] for state in committed.confirmed if state in committed.relocated}
+    return states, committed.confirmed, relocated
 
 
 @dataclass(frozen=True)
@@ -251,8 +253,8 @@ class _Committed:
         What each incomplete state lacks, see `Trajectory.lacking`.
     confirmed : dict
         New identity of the source, by state.
-    references : dict
-        New location of the arrays, by state, if they are not copied.
+    relocated : dict
+        New location of the arrays, by state, if the trajectory is in place.
     locator : Locator
         Finds such locations.
     unread : set of LoggedStep
@@ -265,7 +267,7 @@ class _Committed:
         self.trajectory, self.sources = trajectory, trajectory.sources()
         self.lacking = trajectory.lacking()
         self.confirmed: dict[int, dict[str, Any]] = {}
-        self.references: dict[int, StateReference] = {}
+        self.relocated: dict[int, Relocated] = {}
         self.locator = Locator(trajectory)
         self.unread: set[LoggedStep] = set()
         self.again: set[LoggedStep] = set()
@@ -514,9 +516,9 @@ def _difference(
                 fill_state(reader, content, name, dtype, trajectory.layout, first, last, buffer)
                 if checksum(buffer[: last - first]) != recorded[0, column]:
                     return f"a different {name}", False
-        located = committed.locator.reference_of(reader, step, content) if trajectory.in_place else None
-        if located is not None:
-            committed.references[state] = located
+        if trajectory.in_place:
+            found = committed.locator.reference_of(reader, step, content)
+            committed.relocated[state] = Relocated(step, content, found)
     return "", other_scalars
 
 

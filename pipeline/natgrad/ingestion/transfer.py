@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from natgrad.ingestion.description import scalar_of
-from natgrad.ingestion.in_place import Locator
+from natgrad.ingestion.in_place import Locator, Relocated
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import IngestLimits, Layout, TrajectoryShape, missing_word, storage_dtype, widened
 from natgrad.schema.logs import logger
@@ -43,7 +43,7 @@ from natgrad.store import Trajectory, checksum
 from natgrad.store.references import StateReference
 from natgrad.theory.preconditioners import rotated_eigenvalues
 
-__all__ = ["EXTREMES", "NewState", "Progress", "Writer", "buffer_bytes", "fill_state"]
+__all__ = ["EXTREMES", "NewState", "Progress", "Writer", "buffer_bytes", "copy_unlocated", "fill_state"]
 
 _log = logger("natgrad.ingestion")
 
@@ -189,6 +189,38 @@ def buffer_bytes(shape: TrajectoryShape) -> int:
     )
 
 
+def copy_unlocated(
+    log: Source, trajectory: Trajectory, relocated: Mapping[int, Relocated]
+) -> dict[str, dict[tuple[int, int], int]]:
+    """Copy the chunks of committed states that were in the files of the log, and are no longer plain bytes there.
+
+    Returns
+    -------
+    dict
+        By array, the checksum of each state and column that was copied.
+    """
+    chunks: dict[tuple[str, int, int], list[int]] = {}
+    for state, (_, _, reference) in relocated.items():
+        before = trajectory.references.state(state)
+        for name, column in itertools.product(trajectory.dtypes, range(trajectory.columns)):
+            is_lost = not trajectory.refers_to(reference, name, column)
+            if is_lost and trajectory.refers_to(before, name, column):
+                chunks.setdefault((name, state // trajectory.chunk[0], column), []).append(state)
+    found: dict[str, dict[tuple[int, int], int]] = {}
+    with ExitStack() as stack:
+        opened = _OpenSteps(log, stack)
+        for (name, index, column), states in chunks.items():
+            dtype, (first, last) = trajectory.dtypes[name], trajectory.column(column)
+            block = trajectory.copied_states(name, index, column)
+            for state in states:
+                step, content, _ = relocated[state]
+                words = block[state - index * trajectory.chunk[0]]
+                fill_state(opened.get(step), content, name, dtype, trajectory.layout, first, last, words)
+                found.setdefault(name, {})[state, column] = checksum(words[: last - first])
+            trajectory.write_chunk(name, index, column, block)
+    return found
+
+
 class Writer:
     """Copy steps into a trajectory, one row of chunks at a time, and commit them.
 
@@ -230,6 +262,8 @@ class Writer:
         # For the states of one commit, and of arrays that had to be copied, the number of steps and the first one.
         self._references: list[StateReference | None] = []
         self._copied: dict[str, tuple[int, LoggedStep]] = {}
+        # Of arrays that are partly copied, the number of these chunks and of all chunks.
+        self._divided: dict[str, tuple[int, int]] = {}
 
     def write(self, new: Sequence[NewState], progress: Progress | None) -> None:
         """Copy new states, with a commit after every few chunks."""
@@ -261,6 +295,11 @@ class Writer:
             self._warnings.append(
                 f"{name} of {copied} of {count} new steps is copied, because it is not plain bytes of one dtype "
                 f"in the files (first in {step.storage.name})"
+            )
+        for name, (copied, chunks) in self._divided.items():
+            self._warnings.append(
+                f"{name}: {copied} of {chunks} new chunks are copied, because they are not one range of a file: a "
+                "virtual chunk cannot have several"
             )
         if self._not_finite:
             shown = "; ".join(self._not_finite[:_NOTES_SHOWN])
@@ -370,20 +409,27 @@ class Writer:
 
     def _reference(self, state: NewState) -> StateReference | None:
         """Return where the arrays of a state are in the files of the log, and count those that must be copied."""
+        trajectory = self._trajectory
         if state.repeats is not None:
-            return self._trajectory.references.state(state.repeats)
+            return trajectory.references.state(state.repeats)
         content = self._contents[state.step]
         with self._log.open(state.step) as reader:
             found = self._locator.reference_of(reader, state.step, content)
-        for name in self._trajectory.dtypes:
-            if replicate_of(name)[0] in content.arrays and (found is None or name not in found.arrays):
+        for name in trajectory.dtypes:
+            if replicate_of(name)[0] not in content.arrays:
+                continue
+            if found is None or name not in found.arrays:
                 count, first = self._copied.get(name, (0, state.step))
                 self._copied[name] = count + 1, first
+            elif trajectory.storage.refers:
+                columns = [trajectory.refers_to(found, name, column) for column in range(trajectory.columns)]
+                if not all(columns):
+                    copied, chunks = self._divided.get(name, (0, 0))
+                    self._divided[name] = copied + columns.count(False), chunks + len(columns)
         return found
 
-    def _is_copied(self, position: int, name: str) -> bool:
-        reference = self._references[position]
-        return reference is None or name not in reference.arrays
+    def _is_copied(self, position: int, name: str, column: int) -> bool:
+        return not self._trajectory.refers_to(self._references[position], name, column)
 
     def _scalar(self, name: str, state: NewState) -> float | Sequence[float]:
         if state.repeats is not None:
@@ -447,16 +493,18 @@ class Writer:
                 for row in range(count):
                     for name in names:
                         # A pass computes the checksums of the arrays that it reads.
-                        if self._is_copied(position + row, name) or name not in self._trajectory.logged:
-                            sums = checksums[name][position + row]
+                        sums = checksums[name][position + row]
+                        if self._is_copied(position + row, name, column) or name not in self._trajectory.logged:
                             self._read_state(opened, new[position + row], position + row, name, column, row, sums)
+                        else:
+                            sums.append(0)
                     if column == 0 and names is self._together[0]:
                         self._set_factored_metrics(opened, new[position + row], position + row)
                     if recovers and column == end and names is self._together[-1]:
                         # The gradients were checked while they were read.
                         self._set_recovery(opened, new[position + row], position + row)
                 for name in names:
-                    copied = [self._is_copied(position + row, name) for row in range(count)]
+                    copied = [self._is_copied(position + row, name, column) for row in range(count)]
                     for first, last in contiguous(copied):
                         self._trajectory.write(name, start + first, column, self._buffer(name)[first:last])
 

@@ -3,13 +3,14 @@
 `natgrad.storage.base` documents the protocol. Code outside this package does not depend on the implementation.
 """
 
-from natgrad.storage.base import Stat, Storage, StoredFile, Writes
+from natgrad.storage.base import FileRange, Stat, Storage, StoredFile, Writes
 from natgrad.storage.local import LocalStorage, NotRegularError, open_regular, require_regular
 from natgrad.storage.network import network_errors, storage_errors
 from natgrad.storage.opening import KINDS, Location, open_all, open_out, open_storage, require_local
 
 __all__ = [
     "KINDS",
+    "FileRange",
     "LocalStorage",
     "Location",
     "NotRegularError",

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple, Self, cast
 from natgrad.schema.errors import InputError
 
 __all__ = [
+    "FileRange",
     "Stat",
     "Storage",
     "StoredFile",
@@ -45,6 +46,25 @@ class Stat(NamedTuple):
     size: int
     time: int
     tag: str
+
+
+class FileRange(NamedTuple):
+    """Range of a file or object that another location refers to; see `Storage.refer`.
+
+    Attributes
+    ----------
+    location : str
+        Absolute path, or URL.
+    offset, size : int
+        First byte, and number of bytes.
+    time : int
+        Time of the last change, in ns. Readers refuse a file that was changed later.
+    """
+
+    location: str
+    offset: int
+    size: int
+    time: int
 
 
 class StoredFile(io.RawIOBase):
@@ -584,6 +604,30 @@ class Storage(ABC):
     def unversioned(self) -> Storage:
         """Return the location for files that are not versioned: locks, pages and outcomes of scans."""
         return self
+
+    def published_with(self, other: Storage) -> Storage:
+        """Return this location for writes that the other location, which is locked, publishes with its own."""
+        return self
+
+    # References
+
+    @property
+    def refers(self) -> bool:
+        """True if chunks of arrays can be ranges of other files, for all readers; see `refer`."""
+        return False
+
+    def refer(self, ranges: Mapping[str, FileRange], folders: Iterable[str]) -> None:
+        """Set entries below this location, which are chunks of arrays, to ranges of other files.
+
+        Parameters
+        ----------
+        ranges : mapping
+            Range by name of the entry.
+        folders : iterable of str
+            Folders that contain the files. Readers must be allowed to read a folder.
+        """
+        if ranges:
+            raise NotImplementedError(f"{self} cannot refer to other files")
 
     # Errors
 

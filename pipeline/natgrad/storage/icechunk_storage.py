@@ -12,7 +12,6 @@ rejects a chunk beyond the shape of its array, so the array is extended before a
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
 import os
 import re
@@ -22,7 +21,6 @@ import uuid
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Self, TypeVar, cast
@@ -34,7 +32,18 @@ from zarr.abc.store import OffsetByteRequest, RangeByteRequest, SuffixByteReques
 from zarr.buffer import cpu
 
 from natgrad.schema.errors import InputError, Unavailable
-from natgrad.storage.base import Stat, Storage
+from natgrad.storage.base import FileRange, Stat, Storage
+from natgrad.storage.icechunk_repositories import (
+    BRANCH,
+    create_repository,
+    find_repository,
+    find_version,
+    history,
+    newest_version,
+    reason,
+    require_containers,
+    virtual_chunk,
+)
 from natgrad.storage.locks import lock_by_object
 from natgrad.storage.objects import REPOSITORY, ObjectStorage, open_objects
 
@@ -45,18 +54,12 @@ _T = TypeVar("_T")
 _Store = icechunk.IcechunkStore | None
 """Store for reading keys; None if there is no repository."""
 
-BRANCH = "main"
-
 _CHUNK = re.compile(r"(?P<array>.+)/c(?P<index>(/\d+)*)")
 _DOCUMENTS = re.compile(r"documents-(?P<digits>\d+)(?P<rest>.*)")
 _DOCUMENT = "zarr.json"
 
 _FRAME = struct.Struct("<II")
 """Header of a document in the codecs ``vlen-utf8`` and ``vlen-bytes``: the number of values (one) and its bytes."""
-
-_MANIFEST_CHUNKS = 256
-"""Number of chunks along the first axis of an array in one manifest. Each commit rewrites the last manifest. With
-one manifest for the complete array, the size of a commit would grow with the run."""
 
 _AS_BYTES: Any = SimpleNamespace(buffer=SimpleNamespace(from_bytes=bytes))
 """Buffer prototype that returns the bytes of Icechunk without the copy of a Zarr buffer."""
@@ -68,135 +71,11 @@ _SESSIONS = 8
 """Maximum number of versions that stay open for reading."""
 
 
-# Repositories ------------------------------------------------------------------------------------------------
+# Transactions ------------------------------------------------------------------------------------------------
 
 _guard = threading.Lock()
-_repositories: dict[str, icechunk.Repository] = {}
 _readers: OrderedDict[tuple[str, str], icechunk.IcechunkStore] = OrderedDict()
 _transactions: dict[str, _Transaction] = {}
-
-
-def _storage(url: str) -> icechunk.Storage:
-    """Return the Icechunk storage of a repository, with credentials from the environment, files or a role."""
-    system = open_objects(url).fs
-    scheme, _, path = url.partition("://")
-    bucket, _, prefix = path.partition("/")
-    if scheme == "gs":
-        return icechunk.gcs_storage(bucket=bucket, prefix=prefix, from_env=True)
-    system.connect()
-    endpoint, region = system.s3.meta.endpoint_url, system.s3.meta.region_name
-    if ".amazonaws.com" in endpoint:
-        # AWS only answers requests to the region of the bucket.
-        headers = system.call_s3("head_bucket", Bucket=bucket)["ResponseMetadata"]["HTTPHeaders"]
-        return icechunk.s3_storage(
-            bucket=bucket, prefix=prefix, region=headers.get("x-amz-bucket-region", region), from_env=True
-        )
-    return icechunk.s3_storage(
-        bucket=bucket,
-        prefix=prefix,
-        region=region,
-        endpoint_url=endpoint,
-        allow_http=endpoint.startswith("http:"),
-        force_path_style=True,
-        from_env=True,
-    )
-
-
-def _repository(url: str) -> icechunk.Repository | None:
-    """Open a repository once per process; return None if there is none."""
-    storage = _storage(url)
-    with _guard:
-        if str(storage) not in _repositories:
-            if not icechunk.Repository.exists(storage):
-                return None
-            _repositories[str(storage)] = icechunk.Repository.open(storage)
-        return _repositories[str(storage)]
-
-
-def _create_repository(url: str) -> icechunk.Repository:
-    """Create a repository."""
-    axes: dict[Any, int] = {icechunk.ManifestSplitDimCondition.Axis(0): _MANIFEST_CHUNKS}
-    split = icechunk.ManifestSplittingConfig.from_dict({icechunk.ManifestSplitCondition.AnyArray(): axes})
-    config = icechunk.RepositoryConfig(manifest=icechunk.ManifestConfig(splitting=split))
-    try:
-        return icechunk.Repository.create(_storage(url), config)
-    except icechunk.IcechunkError as error:
-        if "clean prefixes" not in str(error):
-            raise
-        raise InputError(
-            f"cannot create a repository here: {_reason(error)}",
-            where=url,
-            why="a process was interrupted while creating one, or the prefix contains unrelated objects",
-            remedy="remove the objects below this URL, or choose another OUT",
-        ) from error
-
-
-def _newest_version(url: str) -> str:
-    """Return the identifier of the latest version; empty if there is no repository."""
-    repository = _repository(url)
-    return "" if repository is None else repository.lookup_branch(BRANCH)
-
-
-def _history(url: str, last: int | None = None) -> list[dict[str, Any]]:
-    """List the versions of a repository, newest first: ``version``, ``time`` (UTC), ``message``, ``tags``.
-
-    Each version takes one request, so only the requested number of versions is read.
-    """
-    repository = _repository(url)
-    if repository is None:
-        return []
-    tags: dict[str, list[str]] = {}
-    for tag in sorted(repository.list_tags()):
-        tags.setdefault(repository.lookup_tag(tag), []).append(tag)
-    return [
-        {
-            "version": found.id,
-            "time": found.written_at.astimezone(UTC).isoformat(timespec="seconds"),
-            "message": found.message,
-            "tags": tags.get(found.id, []),
-        }
-        for found in itertools.islice(repository.ancestry(branch=BRANCH), last)
-    ]
-
-
-def _find_version(url: str, version: str) -> str:
-    """Return the identifier of a version.
-
-    Parameters
-    ----------
-    url : str
-    version : str
-        An identifier, a tag, or a time (ISO 8601, UTC by default), which selects the newest version at that time.
-
-    Raises
-    ------
-    InputError
-        If there is no such version.
-    """
-    repository = _repository(url)
-    try:
-        if repository is None:
-            raise LookupError("there is no repository")
-        if version in repository.list_tags():
-            return repository.lookup_tag(version)
-        try:
-            time = datetime.fromisoformat(version)
-        except ValueError:
-            return repository.lookup_snapshot(version).id
-        time = time if time.tzinfo else time.replace(tzinfo=UTC)
-        return repository.readonly_session(BRANCH, as_of=time).snapshot_id
-    except (icechunk.IcechunkError, LookupError) as error:
-        raise InputError(
-            f"there is no version {version!r}: {_reason(error)}",
-            where=url,
-            why="no identifier, tag or time of a version matches it, or the version has expired",
-            remedy="choose an identifier or a tag listed by natgrad versions OUT, or a time (ISO 8601, UTC)",
-        ) from error
-
-
-def _reason(error: BaseException) -> str:
-    """Return the first line of an error of Icechunk."""
-    return str(error).strip().partition("\n")[0].strip(" x\u2716\u00d7")
 
 
 class _Transaction:
@@ -216,13 +95,13 @@ class _Transaction:
 
     def readable(self) -> _Store:
         """Return the store for reading; None if there is no repository yet."""
-        return None if self._session is None and _repository(self._url) is None else self.store()
+        return None if self._session is None and find_repository(self._url) is None else self.store()
 
     def store(self) -> icechunk.IcechunkStore:
         """Return the store for writing. The repository is created if it does not exist."""
         with self._opening:
             if self._session is None:
-                repository = _repository(self._url) or _create_repository(self._url)
+                repository = find_repository(self._url) or create_repository(self._url)
                 self._session = repository.writable_session(BRANCH)
             return self._session.store
 
@@ -243,7 +122,7 @@ class _Transaction:
             self._session.commit(message, rebase_with=icechunk.ConflictDetector())
         except (icechunk.ConflictError, icechunk.RebaseFailedError) as error:
             raise Unavailable(
-                f"another process has committed in the meantime: {_reason(error)}",
+                f"another process has committed in the meantime: {reason(error)}",
                 where=self._url,
                 why="the lock of this process was removed while it was writing",
                 remedy="ensure that only one process writes, then run again: committed data are kept",
@@ -340,7 +219,7 @@ class RepositoryFiles(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
         with _guard:
             found = _readers.get(key)
         if found is None:
-            repository = _repository(self.repository)
+            repository = find_repository(self.repository)
             if repository is None:
                 return None
             found = repository.readonly_session(snapshot_id=self.version).store
@@ -430,11 +309,10 @@ class RepositoryFiles(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
                     folders.append(name)
         if not files and not folders:
             raise FileNotFoundError(path)
-        entries = [await self._info(store, f"{path}/{name}") for name in sorted(files)]
-        return entries + [
-            {"name": self._path(f"{key}/{name}".strip("/")), "size": 0, "type": "directory"}
-            for name in sorted(folders)
-        ]
+        # The path may end with a slash.
+        folder = self._path(key).rstrip("/")
+        entries = [await self._info(store, f"{folder}/{name}") for name in sorted(files)]
+        return entries + [{"name": f"{folder}/{name}", "size": 0, "type": "directory"} for name in sorted(folders)]
 
     def find(
         self, path: str, maxdepth: int | None = None, withdirs: bool = False, detail: bool = False, **options: Any
@@ -485,6 +363,22 @@ class RepositoryFiles(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
         content = _FRAME.pack(1, len(value)) + bytes(value) if before else bytes(value)
         await store.set(stored, cpu.Buffer.from_bytes(content))
 
+    def refer(self, folder: str, ranges: Mapping[str, FileRange], folders: Iterable[str]) -> None:
+        """Set chunks below a folder to ranges of other files; see `natgrad.storage.Storage.refer`."""
+        store = self._writer.store()
+        require_containers(self.repository, folders)
+        of_arrays: dict[str, list[icechunk.VirtualChunkSpec]] = {}
+        for name, found in ranges.items():
+            key = _CHUNK.fullmatch(self._key(f"{folder}/{name}"))
+            if key is None:
+                raise ValueError(f"{name} is not a chunk of an array")
+            index = [int(part) for part in key["index"].split("/")[1:]]
+            of_arrays.setdefault(key["array"], []).append(virtual_chunk(index, found))
+        for array, chunks in of_arrays.items():
+            _wait(_grow(store, array, max(chunk.index[0] for chunk in chunks)))
+            # Icechunk would compare the prefixes with escaped URLs.
+            store.set_virtual_refs(f"/{array}", chunks, validate_containers=False)
+
     def rm_file(self, path: str) -> None:
         """Remove a file."""
         _wait(self._remove(self._writer.store(), path))
@@ -534,7 +428,7 @@ class IcechunkStorage(ObjectStorage):
         if self.fs.pinned or self.fs.writer:
             return self
         repository = self.fs.repository
-        files = RepositoryFiles(repository=repository, version=_newest_version(repository))
+        files = RepositoryFiles(repository=repository, version=newest_version(repository))
         return type(self)(files, self.scheme, self.key)
 
     @contextmanager
@@ -563,11 +457,26 @@ class IcechunkStorage(ObjectStorage):
 
     def versions(self, last: int | None = None) -> list[dict[str, Any]]:
         """List the versions, newest first."""
-        return _history(self.fs.repository, last)
+        return history(self.fs.repository, last)
 
     def unversioned(self) -> Storage:
         """Return the same location in the underlying object store."""
         return open_objects(str(self))
+
+    def published_with(self, other: Storage) -> Storage:
+        """Return this location in the transaction of the other one, if that is in the same repository."""
+        together = isinstance(other, IcechunkStorage) and other.fs.repository == self.fs.repository
+        return type(self)(cast(IcechunkStorage, other).fs, self.scheme, self.key) if together else self
+
+    @property
+    def refers(self) -> bool:
+        """Return True: Icechunk has virtual chunks."""
+        return True
+
+    def refer(self, ranges: Mapping[str, FileRange], folders: Iterable[str]) -> None:
+        """Store virtual chunks, and let readers authorize access to the folders."""
+        if ranges:
+            self.fs.refer(self.key, ranges, folders)
 
     def _put_tree(self, folder: Path, document: str, placeholder: bytes | None) -> None:
         # An identical tree does not create a version.
@@ -588,9 +497,9 @@ def open_repository(plain: Storage, version: str | None) -> IcechunkStorage:
     """Open the repository in OUT at a version, by default the latest. The repository need not exist yet."""
     repository = str(plain / REPOSITORY)
     if version is None:
-        files = RepositoryFiles(repository=repository, version=_newest_version(repository))
+        files = RepositoryFiles(repository=repository, version=newest_version(repository))
     else:
-        files = RepositoryFiles(repository=repository, version=_find_version(repository, version), pinned=True)
+        files = RepositoryFiles(repository=repository, version=find_version(repository, version), pinned=True)
     objects = cast(ObjectStorage, plain)  # Icechunk commits safely in object stores only
     return IcechunkStorage(files, objects.scheme, objects.key)
 

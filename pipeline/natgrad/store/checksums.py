@@ -75,7 +75,7 @@ class KnownChecksums(NamedTuple):
     values : mapping
         uint32 array by name, shape (states, columns); 0 if unknown.
     known : mapping
-        Array to bool array, shape (states,).
+        Array to bool array, shape (states, columns).
     """
 
     start: int
@@ -139,7 +139,7 @@ class RecordedChecksums:
         for name in states.checked:
             values = record["checksums"].get(name)
             found.values[name] = np.zeros((stop - start, states.columns), np.uint32) if values is None else values
-            found.known[name] = ~states.are_first_read_by_a_pass(name, start, stop)
+            found.known[name] = ~states.are_first_read_by_a_pass(name, start, stop) | (found.values[name] != 0)
         for each in self._journal.names() if states.in_place else ():
             low, high = map(int, each.split("-"))
             if low >= stop or high <= start:
@@ -150,20 +150,41 @@ class RecordedChecksums:
             for name, values in read["checksums"].items():
                 rows = np.ones(high - low, bool)
                 rows[[state - low for state in read["unread"].get(name, ())]] = False
-                new = rows[there] & ~found.known[name][here]
+                new = rows[there, None] & ~found.known[name][here]
                 # A copy of the array of the record is changed, because a commit keeps its record.
                 found.values[name] = found.values[name].copy()
                 found.values[name][here][new] = values[there][new]
                 found.known[name][here] |= new
         return found
 
+    def with_copies(
+        self, record: Mapping[str, Any], copies: Mapping[str, Mapping[tuple[int, int], int]]
+    ) -> dict[str, Any]:
+        """Return a record with the known checksums of its states, and those of new copies.
+
+        Parameters
+        ----------
+        record : mapping
+        copies : mapping
+            By array, the checksum of each state and column that was copied.
+        """
+        start, stop = record["start"], record["stop"]
+        values = self.of_record(record).values
+        for name, found in copies.items():
+            values[name] = values[name].copy()
+            for (state, column), value in found.items():
+                if start <= state < stop:
+                    values[name][state - start, column] = value
+        return {**record, "checksums": values}
+
     def of(self, name: str, start: int, stop: int) -> tuple[NDArray[np.uint32], NDArray[np.bool_]]:
-        """Return the checksums of states of an array, shape (states, columns), and which states have one.
+        """Return the checksums of states of an array, shape (states, columns), and which of them are known.
 
         The records that contain these states are read and kept until others are needed.
         """
         if start == stop:
-            return np.empty((0, self._states.columns), np.uint32), np.empty(0, bool)
+            none = np.empty((0, self._states.columns), np.uint32)
+            return none, none.astype(bool)
         kept = self._kept
         if kept is None or not kept.start <= start <= stop <= kept.start + len(kept.values[name]):
             parts: list[KnownChecksums] = []
@@ -216,7 +237,7 @@ class RecordedChecksums:
                 for each in (found.values, of_end)
             )
             known, end_known = (
-                np.all([found.known[name] for name in names], axis=0) | is_gone[start:stop]
+                np.all([found.known[name].all(axis=1) for name in names], axis=0) | is_gone[start:stop]
                 for names in (all_names, ends)
             )
             while waiting and waiting[-1].start < stop:
@@ -241,7 +262,7 @@ class RecordedChecksums:
         stop = start + max((len(values) for values in reads.checksums.values()), default=0)
         # Those of copies are in the records of their commits.
         new = {
-            name: rows & self._states.are_first_read_by_a_pass(name, start, stop)
+            name: rows & self._states.are_first_read_by_a_pass(name, start, stop).any(axis=1)
             for name, rows in reads.was_read.items()
         }
         unread = {name: (start + np.flatnonzero(~rows)).tolist() for name, rows in new.items() if not rows.all()}

@@ -7,7 +7,7 @@ recorded after they are written, and removals before the files are removed. Call
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -49,24 +49,13 @@ def materialize(storage: Storage, progress: Callable[[int, int], None] | None = 
         trajectory = Trajectory(storage)
         trajectory.require_states()
         trajectory.recover()
-        steps, states, size = trajectory.chunk[0], set[int](), 0
-        chunks: dict[str, list[int]] = {}
-        for name, dtype in trajectory.dtypes.items():
-            own = [
-                state
-                for start, stop, in_place in trajectory.divided(name, 0, trajectory.n_states)
-                for state in range(start, stop)
-                if in_place and state not in trajectory.gone
-            ]
-            states |= set(own)
-            size += len(own) * trajectory.layout.elements * storage_dtype(dtype).itemsize
-            chunks[name] = sorted({state // steps for state in own})
-        work = [
-            (name, index, column)
-            for name, indices in chunks.items()
-            for index, column in itertools.product(indices, range(trajectory.columns))
-        ]
-        checksums: dict[str, dict[tuple[int, int], int]] = {name: {} for name in chunks}
+        states, size, work = set[int](), 0, []
+        for name, column in itertools.product(trajectory.dtypes, range(trajectory.columns)):
+            own = set(_states(trajectory, name, column, in_place=True)) - trajectory.gone - trajectory.dropped
+            states |= own
+            size += len(own) * _column_bytes(trajectory, name, column)
+            work += [(name, index, column) for index in sorted({state // trajectory.chunk[0] for state in own})]
+        checksums: dict[str, dict[tuple[int, int], int]] = {name: {} for name in trajectory.dtypes}
         try:
             for done, (name, index, column) in enumerate(work, 1):
                 found = trajectory.copy_chunk(name, index, column)
@@ -105,12 +94,11 @@ def slim(storage: Storage, ledger: Storage) -> Moved:
         last = {int(np.flatnonzero(runs == run)[-1]) for run in np.unique(runs)}
         kept = {state // steps for state in (*last, max(trajectory.n_fixed - 1, 0), trajectory.n_states - 1)}
         dropped, size = set[int](), 0
-        for name, dtype in trajectory.dtypes.items():
-            for start, stop, in_place in trajectory.divided(name, 0, trajectory.n_states):
-                own = [state for state in range(start, stop) if not in_place and state // steps not in kept]
-                new = [state for state in own if state not in trajectory.dropped]
-                size += len(new) * trajectory.layout.elements * storage_dtype(dtype).itemsize
-                dropped |= set(own)
+        for name, column in itertools.product(trajectory.dtypes, range(trajectory.columns)):
+            copied = _states(trajectory, name, column, in_place=False)
+            own = {state for state in copied if state // steps not in kept}
+            size += len(own - trajectory.dropped) * _column_bytes(trajectory, name, column)
+            dropped |= own
         new_states = len(dropped - trajectory.dropped)
         if dropped:
             trajectory.journal.write_dropped(_ranges(sorted(dropped)))
@@ -122,6 +110,19 @@ def slim(storage: Storage, ledger: Storage) -> Moved:
                 entry.delete()
         storage.publish(f"trajectory of {storage.parent.name}: {new_states} states removed")
     return Moved(new_states, size)
+
+
+def _states(trajectory: Trajectory, name: str, column: int, *, in_place: bool) -> Iterator[int]:
+    """Yield the states whose chunk column is in the files of the log, or those whose chunk column is copied."""
+    for start, stop, found in trajectory.divided(name, 0, trajectory.n_states, column):
+        if found == in_place:
+            yield from range(start, stop)
+
+
+def _column_bytes(trajectory: Trajectory, name: str, column: int) -> int:
+    """Return the bytes of a state in a chunk column."""
+    first, last = trajectory.column(column)
+    return (last - first) * storage_dtype(trajectory.dtypes[name]).itemsize
 
 
 def _require_ledger(trajectory: Trajectory, storage: Storage) -> None:

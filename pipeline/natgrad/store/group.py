@@ -40,6 +40,7 @@ __all__ = [
     "StoredArray",
     "array_digest",
     "chunk_entry",
+    "chunk_name",
     "create_group",
     "damage_error",
     "document_of",
@@ -192,6 +193,7 @@ def create_group(
     attributes: Mapping[str, Any],
     arrays: Mapping[str, ArrayPlan],
     records: Mapping[str, Mapping[str, Any]] | None = None,
+    folders: Sequence[str] = ("commits",),
 ) -> None:
     """Create a group, replacing an existing one. Readers only ever find a complete group.
 
@@ -204,6 +206,8 @@ def create_group(
     arrays : mapping of str to ArrayPlan
     records : mapping of str to mapping, optional
         Records of the new group; see `natgrad.store.journal.Journal`.
+    folders : sequence of str
+        Folders of records. They are groups, because Icechunk lists no others.
 
     Raises
     ------
@@ -214,10 +218,11 @@ def create_group(
         _attributes(store, kind, _NOT_OURS, replaced=True)
     import zarr
 
-    with store.replace_tree(_DOCUMENT, _placeholder(kind)) as folder:
-        created = open_storage(folder)
+    with store.replace_tree(_DOCUMENT, _placeholder(kind)) as tree:
+        created = open_storage(tree)
         group = zarr.create_group(created.zarr_store(), zarr_format=3)
-        group.create_group("commits")
+        for folder in folders:
+            group.create_group(folder)
         for name, plan in arrays.items():
             plan.create(group, name)
         described = {"kind": kind, "version": LAYOUT_VERSION, **attributes}
@@ -494,9 +499,14 @@ def with_length(array: zarr.Array[Any], length: int) -> zarr.Array[Any]:
     return zarr.Array(sized)
 
 
+def chunk_name(*index: int) -> str:
+    """Return the name of a chunk below its array."""
+    return "/".join(("c", *map(str, index)))
+
+
 def chunk_entry(array: Storage, *index: int) -> Storage:
     """Return the file or object of a chunk of an array."""
-    return array / "/".join(("c", *map(str, index)))
+    return array / chunk_name(*index)
 
 
 def damage_error(chunk: Storage, what: str, remedy: str, part: str = "") -> InputError:

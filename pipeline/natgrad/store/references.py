@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from natgrad.kernel.located import Located, joined
 from natgrad.schema.errors import InputError
-from natgrad.storage import Stat, Storage, open_storage
+from natgrad.storage import FileRange, Stat, Storage, open_storage
 from natgrad.storage.local import ChunkFile
 
 __all__ = ["OpenFiles", "Pieces", "ReferencedFile", "References", "StateReference", "encode", "merged"]
@@ -129,6 +129,13 @@ class Pieces:
         """Return the pieces that `to_json` describes."""
         return cls(*(np.asarray(part, np.int64) for part in parts))
 
+    def range_of(self, first: int, last: int, itemsize: int) -> tuple[int, int] | None:
+        """Return the file and the offset of a range of elements, None if it is in several pieces."""
+        index = int(np.searchsorted(self.starts, first, "right")) - 1
+        if last > self.starts[index + 1]:
+            return None
+        return int(self.files[index]), int(self.offsets[index] + (first - self.starts[index]) * itemsize)
+
     def to_json(self) -> list[list[int]]:
         """Return the starts, files and offsets."""
         return [part.tolist() for part in (self.starts, self.files, self.offsets)]
@@ -150,6 +157,33 @@ class StateReference:
     files: tuple[ReferencedFile, ...]
     arrays: Mapping[str, Pieces]
     starts: tuple[int, ...] = ()
+
+    def chunk_range(self, name: str, first: int, last: int, chunk: tuple[int, int]) -> FileRange | None:
+        """Return the range of a file that a Zarr reader can use as a chunk with these elements of an array.
+
+        The bytes after the last element fill the chunk. No reader uses them, but the file must contain them.
+
+        Parameters
+        ----------
+        name : str
+        first, last : int
+            First and stop element.
+        chunk : (int, int)
+            Elements of the chunk, and bytes of an element.
+
+        Returns
+        -------
+        FileRange or None
+            None if the elements are in several pieces, or the file ends within the chunk.
+        """
+        elements, itemsize = chunk
+        found = self.arrays[name].range_of(first, last, itemsize) if name in self.arrays else None
+        if found is None:
+            return None
+        index, offset = found
+        file, offset = self.files[index], offset + (self.starts[index] if self.starts else 0)
+        size = elements * itemsize
+        return FileRange(file.location, offset, size, file.time) if offset + size <= file.size else None
 
 
 def merged(parts: Sequence[tuple[int, int, int]], itemsize: int) -> Pieces:

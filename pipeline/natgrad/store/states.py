@@ -43,9 +43,10 @@ from natgrad.storage import Storage
 from natgrad.store.checksums import RecordedChecksums, add_to_checksums, checksum
 from natgrad.store.chunk_files import ChunkFiles
 from natgrad.store.chunk_objects import fetch_states
-from natgrad.store.group import INGEST_AGAIN, ArrayPlan, chunk_entry, damage_error, open_array, with_length
+from natgrad.store.group import INGEST_AGAIN, ArrayPlan, chunk_name, damage_error, open_array, with_length
 from natgrad.store.journal import Journal
-from natgrad.store.references import OpenFiles, References
+from natgrad.store.references import OpenFiles, References, StateReference
+from natgrad.store.virtual_chunks import chunk_range
 
 __all__ = ["States", "state_arrays", "storage_dtype"]
 
@@ -262,28 +263,59 @@ class States:
         """Return True if the chunks of an array are compressed; a compressed chunk is always read completely."""
         return replicate_of(name)[0] in self._compressed
 
+    def chunk_name(self, name: str, index: int, column: int) -> str:
+        """Return the name of a chunk of an array (step, element) below the storage of the trajectory."""
+        array, replicate = replicate_of(name)
+        return f"{array}/{chunk_name(index, *([] if replicate is None else [replicate]), column)}"
+
     def chunk_entry(self, name: str, index: int, column: int) -> Storage:
         """Return the file or object of a chunk of an array (step, element)."""
-        array, replicate = replicate_of(name)
-        return chunk_entry(self.storage / array, index, *([] if replicate is None else [replicate]), column)
+        return self.storage / self.chunk_name(name, index, column)
 
     def allows_partial_reads(self, name: str) -> bool:
         """Return True if parts of a chunk can be read, because they are in uncompressed local files."""
         if name not in self._partial:
-            are_copied = not self.in_place or not self._are_referenced(name, 0, self._stored(name)).all()
+            are_copied = not self._are_all_referenced(name)
             local = self.references.is_local and (self._folder is not None or not are_copied)
             self._partial[name] = local and not self.is_compressed(name)
         return self._partial[name]
 
-    def _are_referenced(self, name: str, start: int, stop: int) -> NDArray[np.bool_]:
-        """Return which states of an array are in the files of the log, shape (states,)."""
+    def _are_all_referenced(self, name: str) -> bool:
+        states = self._stored(name) if self.in_place else 0
+        return states > 0 and all(self._are_referenced(name, 0, states, column).all() for column in self._differing)
+
+    @property
+    def _differing(self) -> range:
+        """Chunk columns of a state that may be stored differently: one stands for all columns if they may not."""
+        return range(self.columns if self.storage.refers else 1)
+
+    def _are_referenced(self, name: str, start: int, stop: int, column: int) -> NDArray[np.bool_]:
+        """Return which states of a chunk column are in the files of the log, shape (states,)."""
         if not self.in_place:
             return np.zeros(stop - start, bool)
-        return np.fromiter((self.references.has(name, state) for state in range(start, stop)), bool, stop - start)
+        references, refers = self.references, self.storage.refers
+        found = (
+            self.refers_to(references.state(state), name, column) if refers else references.has(name, state)
+            for state in range(start, stop)
+        )
+        return np.fromiter(found, bool, stop - start)
+
+    def refers_to(self, reference: StateReference | None, name: str, column: int) -> bool:
+        """Return True if a chunk column of a state with this reference is not copied.
+
+        If chunks can refer to other files, those that are one range of a file do. All other chunks are copied, so
+        that every reader of the storage finds them.
+        """
+        if reference is None or not self.storage.refers:
+            return reference is not None and name in reference.arrays
+        return chunk_range(self, reference, name, column) is not None
 
     def are_first_read_by_a_pass(self, name: str, start: int, stop: int) -> NDArray[np.bool_]:
-        """Return which states of an array have no checksum before a pass has read them, shape (states,)."""
-        return self._are_referenced(name, start, stop) & (name in self.logged)
+        """Return which states have no checksum before a pass has read them, shape (states, columns)."""
+        if name not in self.logged:
+            return np.zeros((stop - start, self.columns), bool)
+        found = [self._are_referenced(name, start, stop, column) for column in self._differing]
+        return np.broadcast_to(np.column_stack(found), (stop - start, self.columns))
 
     @property
     def logged(self) -> tuple[str, ...]:
@@ -297,13 +329,13 @@ class States:
         """Return True if an update needs an array of the state after it, not only of the state before it."""
         return name in STATES[:2]
 
-    def readable(self, name: str) -> Iterator[tuple[int, int, bool]]:
-        """Yield all states of an array that can be read: ranges in one chunk, and single states of the log (True).
+    def readable(self, name: str, column: int) -> Iterator[tuple[int, int, bool]]:
+        """Yield the states of a chunk column that can be read: ranges in a chunk, single states of the log (True).
 
         States that are `gone` are omitted.
         """
         steps = self.chunk[0]
-        for begin, end, in_place in self.divided(name, 0, self.n_states):
+        for begin, end, in_place in self.divided(name, 0, self.n_states, column):
             step = 1 if in_place else steps
             for index in range(begin // step, -(-end // step)):
                 low, high = max(begin, index * step), min(end, (index + 1) * step)
@@ -373,7 +405,11 @@ class States:
 
     def _require_never_read(self, state: int) -> None:
         """Raise an error for a state that is gone if a pass has read it: its updates must not be lost."""
-        if any(self.checksums.of(name, state, state + 1)[1].all() for name in self.logged):
+        which = state, state + 1
+        if any(
+            (self.checksums.of(name, *which)[1] & self.are_first_read_by_a_pass(name, *which)).any()
+            for name in self.logged
+        ):
             raise self.references.first_file(state).error(
                 "a restarted run has overwritten or removed it", self.named(state, state + 1)
             )
@@ -398,7 +434,7 @@ class States:
         stored = max(start, min(stop, self._stored(name)))
         itemsize, ends = storage_dtype(self.dtypes[name]).itemsize, self.column(column)
         parts = []
-        for low, high, referenced in self.divided(name, start, stored):
+        for low, high, referenced in self.divided(name, start, stored, column):
             if not referenced:
                 parts.append(self._chunks.locate(name, low, high, column, ends[1] - ends[0]))
                 continue
@@ -410,9 +446,9 @@ class States:
             parts.append(self._chunks.locate_missing(name, stop - stored, ends[1] - ends[0]))
         return joined(parts, itemsize)
 
-    def divided(self, name: str, start: int, stop: int) -> Iterator[tuple[int, int, bool]]:
-        """Divide states into ranges that are all in the files of the log (True), or all in chunks (False)."""
-        referenced = self._are_referenced(name, start, stop)
+    def divided(self, name: str, start: int, stop: int, column: int) -> Iterator[tuple[int, int, bool]]:
+        """Divide states of a chunk column into ranges in the files of the log (True), and in chunks (False)."""
+        referenced = self._are_referenced(name, start, stop, column)
         edges = [0, *(np.flatnonzero(np.diff(referenced)) + 1).tolist(), stop - start]
         for low, high in itertools.pairwise(edges):
             if low < high:
@@ -450,7 +486,7 @@ class States:
         )
         stored = min(stop, self._stored(name))
         out[max(stored - start, 0) :] = missing_word(self.dtypes[name])
-        for begin, end, referenced in self.divided(name, start, stored):
+        for begin, end, referenced in self.divided(name, start, stored, column):
             for index in range(begin // steps, -(-end // steps)):
                 low, high = max(begin, index * steps), min(end, (index + 1) * steps)
                 states = out[low - start : high - start]
@@ -474,7 +510,7 @@ class States:
         first, last = self.tensors_of(column)
         tensors = f"tensor {first}" if first == last else f"tensors {first} to {last}"
         part = f"{name}, {self.named(start, stop)}, {tensors}"
-        if self._are_referenced(name, start, start + 1)[0]:
+        if self._are_referenced(name, start, start + 1, column)[0]:
             return self.references.first_file(start, name, self.column(column)).error(what, part)
         return damage_error(self.chunk_entry(name, index, column), what, INGEST_AGAIN, part)
 
@@ -526,7 +562,6 @@ class States:
         start: int,
         column: int,
         checksums: NDArray[np.uint32],
-        was_read: NDArray[np.bool_] | None = None,
     ) -> None:
         """Compare the checksums of states that were read from a chunk column with those that are recorded.
 
@@ -538,8 +573,6 @@ class States:
         column : int
         checksums : uint32 array, shape (states,)
             See `natgrad.store.checksums.checksum`.
-        was_read : bool array, shape (states,), optional
-            Do not compare the other states.
 
         Raises
         ------
@@ -547,8 +580,7 @@ class States:
             If they differ. The message names the first damaged chunk, its tensors and the damaged steps.
         """
         recorded, known = self.checksums.of(name, start, start + len(checksums))
-        compared = known if was_read is None else known & was_read
-        damaged = start + np.flatnonzero((checksums != recorded[:, column]) & compared)
+        damaged = start + np.flatnonzero((checksums != recorded[:, column]) & known[:, column])
         if damaged.size:
             index = int(damaged[0]) // self.chunk[0]
             last = int(damaged[damaged // self.chunk[0] == index][-1])
@@ -620,10 +652,26 @@ class States:
 
     def _require_intact(self, name: str, index: int, column: int) -> None:
         """Raise an error if the committed copies in a chunk do not match their checksums."""
-        for start, stop, referenced in self.divided(name, index * self.chunk[0], self.n_fixed):
+        for start, stop, referenced in self.divided(name, index * self.chunk[0], self.n_fixed, column):
             if not referenced:
                 states = np.empty((stop - start, self.chunk[1]), storage_dtype(self.dtypes[name]))
                 self.read(name, start, stop, column, states)
+
+    def copied_states(self, name: str, index: int, column: int) -> NDArray[Any]:
+        """Return a chunk with the committed states that are copied, and zeros for all others."""
+        block = np.zeros(self.chunk, storage_dtype(self.dtypes[name]))
+        first = index * self.chunk[0]
+        for start, stop, referenced in self.divided(
+            name, first, min(first + self.chunk[0], self._stored(name)), column
+        ):
+            if not referenced and start not in self.dropped:
+                self.read(name, start, stop, column, block[start - first : stop - first])
+        return block
+
+    def write_chunk(self, name: str, index: int, column: int, block: NDArray[Any]) -> None:
+        """Write a chunk of committed states that are copied now. They are visible when this is recorded."""
+        content = block.reshape(-1).data.cast("B")
+        self._writes.write_segment(self.chunk_entry(name, index, column), 0, content, len(content))
 
     def copy_chunk(self, name: str, index: int, column: int) -> dict[int, int]:
         """Write a complete chunk of an array, with the states that are in the files of the log.
@@ -637,12 +685,11 @@ class States:
         block = np.zeros(self.chunk, storage_dtype(self.dtypes[name]))
         sums = {}
         for state in range(index * steps, min((index + 1) * steps, self._stored(name))):
-            if state not in self.gone:
+            if state not in self.gone | self.dropped:
                 words = block[state - index * steps]
                 self.read(name, state, state + 1, column, words[None])
                 sums[state] = checksum(words[: last - first])
-        content = block.reshape(-1).data.cast("B")
-        self._writes.write_segment(self.chunk_entry(name, index, column), 0, content, len(content))
+        self.write_chunk(name, index, column, block)
         return sums
 
     def abandon(self) -> None:

@@ -66,6 +66,7 @@ from natgrad.store.journal import sources_of
 from natgrad.store.numbers import StateNumbers, number_arrays
 from natgrad.store.references import StateReference, encode
 from natgrad.store.states import States, state_arrays
+from natgrad.store.virtual_chunks import virtual_chunks
 
 __all__ = ["Trajectory"]
 
@@ -253,7 +254,8 @@ class Trajectory(States):
         arrays = state_arrays(layout, {} if recorded else dtypes, chunk, replicates, compressors or {})
         numbered = (STEP, ATTEMPT, RUN) if sweep else (STEP, ATTEMPT)
         arrays |= number_arrays(layout, numbered, scalars, tables, replicates)
-        create_group(storage, "trajectory", attributes, arrays)
+        folders = ("commits", "commits/reads") if in_place else ("commits",)
+        create_group(storage, "trajectory", attributes, arrays, folders=folders)
         return cls(storage)
 
     @classmethod
@@ -471,7 +473,10 @@ class Trajectory(States):
         return [source for record in self.each_record() for source in sources_of(record)]
 
     def replace_sources(
-        self, sources: Mapping[int, Mapping[str, Any]], references: Mapping[int, StateReference] | None = None
+        self,
+        sources: Mapping[int, Mapping[str, Any]],
+        references: Mapping[int, StateReference | None],
+        copies: Mapping[str, Mapping[tuple[int, int], int]],
     ) -> None:
         """Replace the identities of the sources of committed states, whose contents are the same.
 
@@ -479,10 +484,12 @@ class Trajectory(States):
         ----------
         sources : mapping
             New identity of the source by state.
-        references : mapping, optional
-            State to where it is in the files of its source.
+        references : mapping
+            Where states are in the files of their sources.
+        copies : mapping
+            By array, the checksum of each state and column that is copied now, and was in the files of the log.
         """
-        located = references or {}
+        self._settle()
         for name in self.journal.names():
             record = self.journal.read(name)
             new = {state: sources[state] for state in range(record["start"], record["stop"]) if state in sources}
@@ -491,10 +498,11 @@ class Trajectory(States):
                 record |= {"sources": [new.get(state, source) for state, source in kept]}
                 if "references" in record:
                     states = range(record["start"], record["stop"])
-                    record["references"] = encode(
-                        [located.get(state, self.references.state(state)) for state in states]
-                    )
+                    located = [references.get(state, self.references.state(state)) for state in states]
+                    record = self.checksums.with_copies(record, copies) | {"references": encode(located)}
                 self.journal.write(name, record)
+        self._load_records()
+        self.storage.refer(*virtual_chunks(self, references, sources))
         self.storage.publish(f"trajectory of {self.storage.parent.name}: new identities of {len(sources)} sources")
 
     def mark_gone(self) -> list[int]:
@@ -526,14 +534,9 @@ class Trajectory(States):
 
         def copied(record: dict[str, Any]) -> dict[str, Any]:
             start, stop = record["start"], record["stop"]
-            values = self.checksums.of_record(record).values
-            for name, found in checksums.items():
-                values[name] = values[name].copy()
-                for (state, column), value in found.items():
-                    if start <= state < stop:
-                        values[name][state - start, column] = value
             kept = [self.references.state(state) if state in self.gone else None for state in range(start, stop)]
-            changed = {key: value for key, value in record.items() if key != "references"} | {"checksums": values}
+            changed = self.checksums.with_copies(record, checksums)
+            changed.pop("references", None)
             return changed | ({"references": encode(kept)} if any(kept) else {})
 
         for name in self.journal.names():
@@ -602,8 +605,7 @@ class Trajectory(States):
         sources : sequence of mapping, length n
             Identity of the source of each state; see `natgrad.sources.changes.identity`.
         checksums : mapping
-            Array name to n sequences of one `checksum` per chunk column. A sequence is empty if a pass will record
-            the checksums.
+            Array name to n sequences of one `checksum` per chunk column, 0 if a pass will record it.
         attempts : sequence of int, length n, optional
             Attempt of each state, 0 by default.
         runs : sequence of str, length n
@@ -639,14 +641,16 @@ class Trajectory(States):
             (self.storage / folder).clear_leftovers()
         self._writes.start(self.storage.put_entries, chunks)
         self._settle()
+        virtual = virtual_chunks(self, dict(enumerate(references, start)), dict(enumerate(sources, start)))
+        self.storage.refer(*virtual)
 
         def record(first: int, end: int) -> dict[str, Any]:
             described: dict[str, Any] = {"start": first, "stop": end}
             described["sources"] = list(sources[first - start : end - start])
             described["checksums"] = {
-                name: [sums or [0] * self.columns for sums in found[first - start : end - start]]
+                name: list(found[first - start : end - start])
                 for name, found in checksums.items()
-                if any(found[first - start : end - start])
+                if any(map(any, found[first - start : end - start]))
             }
             lacks = {str(start + state): list(names) for state, names in enumerate(lacking) if names}
             lacks = {state: names for state, names in lacks.items() if first <= int(state) < end}

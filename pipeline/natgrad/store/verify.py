@@ -234,12 +234,12 @@ def _verify_column(
         each.start + index: found
         for each in checksums
         for index, found in enumerate(each.values[name][:, column].tolist())
-        if each.known[name][index]
+        if each.known[name][index, column]
     }
     steps, (first, last) = states.chunk[0], states.column(column)
     tensors = states.tensors_of(column)
     buffer = np.zeros((steps, states.chunk[1]), storage_dtype(states.dtypes[name]))
-    for start, stop, in_place in states.readable(name):
+    for start, stop, in_place in states.readable(name, column):
         path = str(states.chunk_entry(name, start // steps, column))
         try:
             states.read(name, start, stop, column, buffer[: stop - start], verified=False)
