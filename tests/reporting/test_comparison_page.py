@@ -7,6 +7,7 @@ import pytest
 
 from browsers import browser
 from compared import tree
+from layouts import faults_of
 from natgrad.reporting.comparison_page import write_comparison
 from natgrad.results.comparison import compare
 from natgrad.storage import LocalStorage
@@ -47,6 +48,7 @@ def test_the_page_shows_all_runs_their_options_and_their_tensors(tmp_path, brows
     assert page.locator("#parallel").is_visible()
     # The page is not wider than the window.
     assert page.evaluate("document.documentElement.scrollWidth") <= 400
+    assert faults_of(page) == []
     chart = page.locator("#charts .plot").first
     before = chart.screenshot()
     page.locator("#overview input").nth(1).uncheck()

@@ -12,6 +12,7 @@ import xarray as xr
 from PIL import Image
 
 from browsers import browser
+from layouts import faults_of
 from logs import random_walk, write_log
 from natgrad.app import run
 from natgrad.reporting import page as report
@@ -410,9 +411,31 @@ def test_a_browser_shows_every_figure_without_requests_or_overflow(browser, page
         assert all(0 < wide <= right <= width for wide, right in drawn)
         assert view("document.documentElement.scrollWidth - document.documentElement.clientWidth") == 0
         assert view("document.title") == "3 runs: natural gradient report"
-        assert view.page.locator("#plots").screenshot()
+        assert scheme == "dark" or faults_of(view.page) == []
         assert view.complaints == []
         assert [url for url in view.requests if not url.startswith("data:")] == [pages.as_uri()]
+
+
+def test_faults_of_the_layout_are_detected(view):
+    view.page.set_viewport_size({"width": 400, "height": 844})
+    for style, fault in (
+        ("#legend { margin-bottom: -1.2rem }", "covers"),
+        ("h2 { position: absolute }", "covers"),
+        (".lead { width: 140vw }", "px wide"),
+        (".controls { transform: translateX(-5rem) }", "is cut off"),
+        (".plot { opacity: 0 }", "shows no data"),
+    ):
+        tag = view.page.add_style_tag(content=style)
+        assert any(fault in found for found in faults_of(view.page)), style
+        tag.evaluate("element => element.remove()")
+
+
+def test_progress_counts_the_parts_of_the_page(tree, tmp_path):
+    calls = []
+    report.write_report({"a": tree, "b": tree}, tmp_path / "page.html", lambda *done: calls.append(done))
+    total = calls[-1][1]
+    assert total >= 6
+    assert calls == [(done, total) for done in range(1, total + 1)]
 
 
 def brightness(view):

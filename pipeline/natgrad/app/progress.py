@@ -13,7 +13,7 @@ StageProgress = Callable[[str, int, int], None]
 """Callback with the stage, the number of items done and the total number.
 
 The stages of a run are ``describe`` and ``ingest`` (states), ``analyze`` (ledger chunks), ``results`` (blocks) and
-``report`` (pages).
+``report`` (parts of the page).
 """
 
 ITEMS = {
@@ -22,6 +22,7 @@ ITEMS = {
     "materialize": "states",
     "analyze": "chunks",
     "results": "blocks",
+    "report": "parts",
 }
 """Items that the numbers of a stage count, for stages whose rate is shown."""
 

@@ -7,6 +7,7 @@ The functions need no Prefect server. They take options that are already validat
 from __future__ import annotations
 
 import errno
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
@@ -17,7 +18,7 @@ from natgrad.app import declarations, options
 from natgrad.app.copying import LARGE_LOG_BYTES, copy_notice
 from natgrad.app.folder import RunFolder
 from natgrad.app.memory import memory_errors
-from natgrad.app.progress import StageProgress, stage
+from natgrad.app.progress import Progress, StageProgress, stage
 from natgrad.app.summaries import (
     AnalysisSummary,
     ComparisonSummary,
@@ -434,15 +435,14 @@ def report_run(
                 remedy=f"use the name of a file, for example {page / 'report.html'}",
             )
         try:
-            found = _write_page(named, page)
+            found = _write_page(named, page, drawn)
         except results.Damaged as error:
             if version is not None:
                 raise
             damaged = [folder for folder in named.values() if error.where.startswith(f"{folder.results}/")]
             for folder in damaged:
                 _compute_results_again(folder, error)
-            found = _write_page(named, page)
-    drawn(1, 1)
+            found = _write_page(named, page, drawn)
     return found
 
 
@@ -494,11 +494,12 @@ def _written(write: Callable[[T, Storage], Any], content: T, page: Storage) -> s
         ) from error
 
 
-def _write_page(named: Mapping[str, RunFolder], page: Storage) -> Report:
+def _write_page(named: Mapping[str, RunFolder], page: Storage, drawn: Progress) -> Report:
     # Imported here, because Matplotlib takes a second to load.
     from natgrad.reporting import page as report
 
-    return Report(report=_written(report.write_report, open_trees(named), page))
+    write = functools.partial(report.write_report, progress=drawn)
+    return Report(report=_written(write, open_trees(named), page))
 
 
 def _compute_results_again(folder: RunFolder, error: InputError) -> None:

@@ -10,10 +10,11 @@ would take longer than all other work on a small run.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import markupsafe
 import numpy as np
@@ -31,6 +32,8 @@ from natgrad.schema.variables import WITHOUT_GRADIENTS, ShiftedMetric, Status
 from natgrad.storage import Location, open_storage
 
 __all__ = ["STATUS_MEANING", "WINDOW_FACTS", "page_text", "write_report"]
+
+T = TypeVar("T")
 
 STATUS_MEANING: dict[Status, str] = {
     Status.EFFECTIVE: "y·g > 0: the update descends the loss, so metrics M with M g = y exist.",
@@ -59,7 +62,9 @@ _GRADIENT_LABELS = {
 }
 
 
-def write_report(trees: Mapping[str, xr.DataTree], page: Location) -> Location:
+def write_report(
+    trees: Mapping[str, xr.DataTree], page: Location, progress: Callable[[int, int], None] | None = None
+) -> Location:
     """Write the report page of one or several runs.
 
     The page starts with a sentence about the runs, an overview of each with the table of its tensors, and Figure 3.
@@ -71,6 +76,8 @@ def write_report(trees: Mapping[str, xr.DataTree], page: Location) -> Location:
         Results by name of the run, see `natgrad.results.dataset.label`.
     page : str, Path or Storage
         The HTML file. It is replaced atomically.
+    progress : callable, optional
+        Called with the number of finished parts of the page and their total number.
 
     Returns
     -------
@@ -82,13 +89,15 @@ def write_report(trees: Mapping[str, xr.DataTree], page: Location) -> Location:
     InputError
         If a tree does not hold results.
     """
-    text = page_text([RunResults.of(name, tree) for name, tree in trees.items()])
+    text = page_text([RunResults.of(name, tree) for name, tree in trees.items()], progress=progress)
     # File names may contain bytes that are not text.
     open_storage(page).put(text.encode("utf-8", errors="replace"))
     return page
 
 
-def page_text(runs: Sequence[RunResults], *, served: bool = False) -> str:
+def page_text(
+    runs: Sequence[RunResults], *, served: bool = False, progress: Callable[[int, int], None] | None = None
+) -> str:
     """Return the page of some runs.
 
     Parameters
@@ -96,21 +105,36 @@ def page_text(runs: Sequence[RunResults], *, served: bool = False) -> str:
     runs : sequence of RunResults
     served : bool
         Whether a server answers requests of the page for further values, see `natgrad.reporting.serving`.
+    progress : callable, optional
+        See `write_report`.
     """
     environment = page_environment()
     environment.filters |= {"number": number, "percent": _percent}
-    return environment.get_template("report.html").render(_content(runs, served))
+    return environment.get_template("report.html").render(_content(runs, served, progress))
 
 
 # Contents of the page ------------------------------------------------------------------------------------------
 
 
-def _content(runs: Sequence[RunResults], served: bool) -> dict[str, Any]:
-    summaries = [[rows.summary(run.has_gradient) for rows in kinds_of(run)] for run in runs]
-    contents = [_run_content(run, f"run-{index}") for index, run in enumerate(runs, start=1)]
+def _content(
+    runs: Sequence[RunResults], served: bool, progress: Callable[[int, int], None] | None
+) -> dict[str, Any]:
+    kinds = [kinds_of(run) for run in runs]
+    # The parts are the summaries of rows, and the contents and the data of runs.
+    total, done = sum(map(len, kinds)) + 2 * len(runs), itertools.count(1)
+
+    def finished(part: T) -> T:
+        if progress is not None:
+            progress(next(done), total)
+        return part
+
+    summaries = [
+        [finished(rows.summary(run.has_gradient)) for rows in each] for run, each in zip(runs, kinds, strict=True)
+    ]
+    contents = [finished(_run_content(run, f"run-{index}")) for index, run in enumerate(runs, start=1)]
     blob = Blob()
     data: dict[str, Any] = {
-        "runs": [run_data(run, blob, len(runs), each) for run, each in zip(runs, summaries, strict=True)],
+        "runs": [finished(run_data(run, blob, len(runs), each)) for run, each in zip(runs, summaries, strict=True)],
         "compared": side_by_side(runs, blob),
         "descents": _DESCENT_LABELS,
         "statuses": [{"name": member.name.lower()} for member in sorted(Status)],
@@ -221,10 +245,17 @@ def _sentence(run: RunResults, content: Mapping[str, Any], tensors: Mapping[str,
     if len(names) > 1 and updates:
         effective, angle = tensors["share"], tensors["angle"]
         order = sorted(range(len(names)), key=lambda row: (effective[row] or 0.0, -(angle[row] or 0.0)))
-        worst = [f"{names[row]} ({_percent(effective[row] or 0.0)} effective)" for row in order[:2]]
+        worst = [f"{names[row]} ({_quality(effective[row] or 0.0, angle[row])})" for row in order[:2]]
         text += f"; the worst tensors are {' and '.join(worst)}"
     source = run.attributes.get("gradient_source", "logged")
     return f"{text}; objective: {run.objective}; gradients: {source}; {ending}."
+
+
+def _quality(share: float, angle: float | None) -> str:
+    """Return how bad a tensor is: its share of effective updates or, if all are effective, its median angle."""
+    return (
+        f"median angle {number(angle)} rad" if share == 1 and angle is not None else f"{_percent(share)} effective"
+    )
 
 
 def _run_content(run: RunResults, anchor: str) -> dict[str, Any]:
