@@ -61,6 +61,23 @@ def test_a_page_without_angles_says_so_and_escapes_names():
 
 
 @pytest.fixture
+def served(tmp_path):
+    """Serve the folder of the results, and return the option with its address."""
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *arguments):
+            super().__init__(*arguments, directory=tmp_path)
+
+        def log_message(self, *values):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"{tmp_path}=http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.fixture
 def chat():
     """Receive the messages of automations: a web server of this process."""
     messages = []
@@ -88,14 +105,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from uuid import UUID
 from natgrad_flows.runs import process_run
-process_run(sys.argv[1], sys.argv[2], workers=1, alert_angle=0.01)
+process_run(sys.argv[1], sys.argv[2], workers=1, alert_angle=0.01, report_url=sys.argv[3])
 """
 
 SETTINGS = {"PREFECT_SERVER_SERVICES_TRIGGERS_ENABLED": "true", "PREFECT_SERVER_UI_ENABLED": "true"}
 
 
 @pytest.mark.timeout(600)
-def test_a_run_is_shown_in_the_browser_and_automations_send_messages(tmp_path, browser, chat):
+def test_a_run_is_shown_in_the_browser_and_automations_send_messages(tmp_path, browser, chat, served):
     log = write_log(tmp_path / "log", random_walk(8, {HOSTILE: (3, 2), "bias": ()}))
     out = tmp_path / "exp" / "run0"
     with PrefectServer(tmp_path / "server", settings=SETTINGS) as server:
@@ -110,9 +127,9 @@ def test_a_run_is_shown_in_the_browser_and_automations_send_messages(tmp_path, b
         program = guide.partition("### Automations")[2].partition("```python\n")[2].partition("```")[0]
         done = run(program.replace("https://chat.example.org/hook", chat.address))
         assert done.returncode == 0, done.stderr
-        done = run(PROCESS, log, out)
+        done = run(PROCESS, log, out, served)
         assert done.returncode == 0, done.stderr
-        assert run(PROCESS, tmp_path / "missing", tmp_path / "exp" / "bad").returncode != 0
+        assert run(PROCESS, tmp_path / "missing", tmp_path / "exp" / "bad", served).returncode != 0
         messages = wait_for(lambda: len(chat.messages) == 2 and sorted(chat.messages), 120)
         assert messages == [f"A run failed: process-run {tmp_path / 'exp' / 'bad'}", f"An angle is large: {out}"]
         with contextlib.closing(sqlite3.connect(server.home / "prefect.db")) as database:
@@ -127,4 +144,14 @@ def test_a_run_is_shown_in_the_browser_and_automations_send_messages(tmp_path, b
         assert "updates are effective" in text
         assert HOSTILE.replace("`", "'") in text
         assert page.locator("img[src='x']").count() == 0
+        # The link leads to the report, in this tab or in a new one.
+        link = page.get_by_role("link", name="Open the report")
+        context = page.context
+        link.click()
+        report = wait_for(
+            lambda: next((one for one in context.pages if one.url.endswith("/report.html")), None), 60
+        )
+        report.wait_for_selector("html[data-ready]", timeout=60_000)
+        assert "run0" in report.title()
+        assert HOSTILE in report.locator("#rows-table").inner_text()
         page.close()
