@@ -457,6 +457,28 @@ def test_figures_adapt_to_the_system_and_to_the_chosen_theme(browser, page):
     assert dark < 100 < 155 < light
 
 
+PRINTED = """() => {
+  dispatchEvent(new Event("beforeprint"))
+  const canvases = (root) => [...root.querySelectorAll("*")].flatMap((element) =>
+    [...(element.localName === "canvas" ? [element] : []), ...(element.shadowRoot ? canvases(element.shadowRoot) : [])])
+  const pixels = (canvas) => canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data
+  const [canvas] = canvases(document.querySelector(".plot"))
+  const counts = {light: 0, dark: 0}
+  const data = pixels(canvas)
+  for (let at = 0; at < data.length; at += 4) {
+    if (data[at + 3] === 255) counts[data[at] + data[at + 1] + data[at + 2] > 384 ? "light" : "dark"] += 1
+  }
+  return counts
+}"""
+
+
+def test_figures_are_printed_on_white_in_every_theme(browser, page):
+    # The browser prints before the next frame, so the figures must be drawn before the handler returns.
+    with View(browser, page.as_uri(), scheme="dark") as view:
+        found = view.page.evaluate(PRINTED)
+    assert found["light"] > 10 * found["dark"] > 0
+
+
 def test_curves_are_the_values_of_the_results(view, tree):
     model = tree["model"].to_dataset().sel(descent="gradient", window=1)
     for figure, tolerance in (("angle", 2e-7), ("condition_number", 2e-6), ("update_to_weight", 2e-6), ("loss", 0)):

@@ -96,6 +96,7 @@ class Page {
     this.lines = this.boxes.map(() => [])
     this.figures = []
     this.colours = []
+    this.labels = []
   }
 
   async start() {
@@ -187,6 +188,7 @@ class Page {
       x_range: new Bokeh.Range1d({start: -0.45, end: Math.max(axes.length, 1) - 0.55}), y_range: new Bokeh.Range1d({start: -0.06, end: 1.06}),
     })
     const heights = axes.map(positions), [ink, page] = ["--ink", "--page"].map(style)
+    this.labels = []
     this.parallelLines = this.boxes.map((_, run) => {
       const name = this.data.runs[run]
       const source = new Bokeh.ColumnDataSource({data: {
@@ -204,10 +206,12 @@ class Page {
     axes.forEach((axis, index) => {
       figure.add_layout(new Bokeh.Span({location: index, dimension: "height", line_color: ink, line_alpha: 0.35, line_width: 1}))
       for (const [at, label] of this.ticks(axis)) {
-        figure.add_layout(new Bokeh.Label({
+        const shown = new Bokeh.Label({
           x: index, y: at, x_offset: 7, text: new Bokeh.PlainText({text: short(label, 14)}), text_baseline: "middle", text_color: ink, text_font_size: "11px",
           background_fill_color: page, background_fill_alpha: 0.75,
-        }))
+        })
+        this.labels.push(shown)
+        figure.add_layout(shown)
       }
     })
     figure.xaxis.ticker = new Bokeh.FixedTicker({ticks: axes.map((_, index) => index)})
@@ -290,7 +294,15 @@ class Page {
     document.querySelectorAll("#overview thead button").forEach((button, column) => button.addEventListener("click", () => this.sort(button, column)))
     find("theme").addEventListener("change", () => this.restyle())
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.restyle())
-    addEventListener("beforeprint", () => { document.documentElement.dataset.print = "yes"; this.restyle() })
+    addEventListener("beforeprint", () => {
+      document.documentElement.dataset.print = "yes"
+      this.restyle()
+      // The browser prints before it draws the next frame.
+      for (const view of Bokeh.index.roots) {
+        for (const drawn of view.computed_renderer_views ?? []) drawn.set_visuals?.()
+        view.paint?.()
+      }
+    })
     addEventListener("afterprint", () => { delete document.documentElement.dataset.print; this.restyle() })
   }
 
@@ -361,13 +373,13 @@ class Page {
     root.dataset.dark = dark && root.dataset.print === undefined ? "yes" : "no"
   }
 
-  async restyle() {
+  restyle() {
     this.theme()
     this.chooseColours()
     this.recolour()
     this.figures.forEach(themed)
     if (this.heatCells) this.heatCells.glyph.line_color = style("--page")
-    if (this.parallel) await this.drawParallel()
+    for (const label of this.labels) label.setv({text_color: style("--ink"), background_fill_color: style("--page")})
   }
 }
 

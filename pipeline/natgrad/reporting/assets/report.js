@@ -231,7 +231,15 @@ class Overview {
     find("drag").value = this.drag
     find("plots").addEventListener("keydown", (event) => this.key(event))
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.applyTheme())
-    addEventListener("beforeprint", () => { document.documentElement.dataset.print = "yes"; this.applyTheme() })
+    addEventListener("beforeprint", () => {
+      document.documentElement.dataset.print = "yes"
+      this.applyTheme()
+      // The browser prints before it draws the next frame.
+      for (const view of Bokeh.index.roots) {
+        for (const drawn of view.computed_renderer_views ?? []) drawn.set_visuals?.()
+        view.paint?.()
+      }
+    })
     addEventListener("afterprint", () => { delete document.documentElement.dataset.print; this.applyTheme() })
     const first = page.runs.findIndex((run) => run.gradient)
     await this.chooseRun(Math.max(first, 0), page.compared ? "run" : undefined)
