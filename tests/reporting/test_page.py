@@ -459,8 +459,10 @@ def test_figures_adapt_to_the_system_and_to_the_chosen_theme(browser, page):
 
 PRINTED = """() => {
   dispatchEvent(new Event("beforeprint"))
-  const canvases = (root) => [...root.querySelectorAll("*")].flatMap((element) =>
-    [...(element.localName === "canvas" ? [element] : []), ...(element.shadowRoot ? canvases(element.shadowRoot) : [])])
+  const canvases = (root) => [
+    ...root.querySelectorAll("canvas"),
+    ...[...root.querySelectorAll("*")].flatMap(({shadowRoot}) => (shadowRoot ? canvases(shadowRoot) : [])),
+  ]
   const pixels = (canvas) => canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data
   const [canvas] = canvases(document.querySelector(".plot"))
   const counts = {light: 0, dark: 0}
