@@ -11,6 +11,7 @@ FAULTS = """() => {
   const name = (element) => `${element.localName} ${element.closest("[id]")?.id} ${element.innerText?.slice(0, 30)}`
   /* The visible part of a box: scrolling and hidden parts of its ancestors do not count. */
   function visible(element, box) {
+    if (!element.checkVisibility()) return null // within a closed element, for example
     let {left, top, right, bottom} = box
     for (let parent = element; parent && parent !== document.body; parent = parent.parentElement) {
       const style = getComputedStyle(parent)
