@@ -3,14 +3,16 @@
 import h5py
 import numpy as np
 import pytest
-import torch
 import zarr
 
+from lazy import Lazy
 from logs import random_walk
 from natgrad.schema.errors import InputError
 from natgrad.sources.formats import find_format
 from natgrad.sources.opening import open_source
 from natgrad.storage import open_storage
+
+torch = Lazy("torch")
 
 TENSORS = {"0.weight": (4, 3), "2.bias": (2,)}
 STATES = random_walk(4, TENSORS, "float32")
@@ -98,15 +100,15 @@ def test_two_entries_of_one_step_are_refused(tmp_path):
 @pytest.mark.parametrize(
     "tree",
     [
-        tensors(STATES[0], "parameter"),
-        {"model": tensors(STATES[0], "parameter"), "loss": 1.0},
+        lambda: tensors(STATES[0], "parameter"),
+        lambda: {"model": tensors(STATES[0], "parameter"), "loss": 1.0},
         # An ensemble, and layers with their gradients.
-        [tensors(state, "parameter") for state in STATES],
-        {"params": [torch.ones(2), torch.ones(2)], "grads": [torch.ones(2), torch.ones(2)], "loss": 1.0},
+        lambda: [tensors(state, "parameter") for state in STATES],
+        lambda: {"params": [torch.ones(2), torch.ones(2)], "grads": [torch.ones(2), torch.ones(2)], "loss": 1.0},
     ],
 )
 def test_other_files_are_not_runs(tmp_path, tree):
-    torch.save(tree, tmp_path / "final.pt")
+    torch.save(tree(), tmp_path / "final.pt")
     assert find_format(tmp_path / "final.pt") is None
 
 
