@@ -155,6 +155,14 @@ def test_a_missing_record_is_found(out, tmp_path):
     assert damage.path == str(run / "trajectory.zarr/commits/00000000.json")
 
 
+@pytest.mark.parametrize("store", ["trajectory.zarr", "ledger.zarr"])
+def test_a_record_with_the_content_of_another_is_found(out, tmp_path, store):
+    run = Path(shutil.copytree(out, tmp_path / "run"))
+    one, other = [path for path in sorted((run / store / "commits").glob("*.json")) if path.name[0].isdigit()][:2]
+    one.write_bytes(other.read_bytes())
+    assert str(one) in " ".join(map(str, verify_run(run)))
+
+
 def test_a_missing_newest_record_is_found_because_the_arrays_are_longer(out, tmp_path):
     run = shutil.copytree(out, tmp_path / "run")
     (run / "trajectory.zarr/commits/00000001.json").unlink()

@@ -41,7 +41,7 @@ __all__ = [
 
 MEBIBYTE = 1 << 20
 
-LAYOUT_VERSION = 6
+LAYOUT_VERSION = 7
 """Layout version of ``trajectory.zarr``, ``ledger.zarr`` and ``results.zarr``. Other versions are rejected."""
 
 STORAGE_DTYPES: dict[str, int] = {"bfloat16": 8, "float16": 11, "float32": 24, "float64": 53}

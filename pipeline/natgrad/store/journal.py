@@ -42,8 +42,9 @@ _SEAL = '{"crc32c":"%08x",'
 _SEAL_BYTES = len(_SEAL % 0)
 
 
-def _seal(body: bytes) -> bytes:
-    return (_SEAL % crc32c(body)).encode()
+def _seal(name: str, body: bytes) -> bytes:
+    """Return the start of a record. Its checksum includes the name, so that no record can replace another."""
+    return (_SEAL % crc32c(body, crc32c(name.encode()))).encode()
 
 
 def _pack(checksums: ArrayLike) -> str:
@@ -106,7 +107,7 @@ class Journal:
         entry = self._entry(name)
         try:
             content = entry.get()
-            if content[:_SEAL_BYTES] != _seal(content[_SEAL_BYTES:]):
+            if content[:_SEAL_BYTES] != _seal(name, content[_SEAL_BYTES:]):
                 raise ValueError("checksum mismatch")
             record: dict[str, Any] = json.loads(content)
             if "checksums" in record:
@@ -149,7 +150,7 @@ class Journal:
             text = json.dumps(written["sources"], separators=(",", ":")).encode()
             written["sources"] = base64.b64encode(zlib.compress(text)).decode()
         body = json.dumps(written, separators=(",", ":")).encode()[1:]
-        entry, content = self._entry(name), _seal(body) + body
+        entry, content = self._entry(name), _seal(name, body) + body
         if not new:
             entry.put(content)
             return
