@@ -221,7 +221,8 @@ class Recorder:
     ) -> Path:
         """Record the state of the run before an update.
 
-        Tensors of PyTorch are accepted with or without a graph, on any device.
+        Tensors of PyTorch are accepted with or without a graph, on any device. A log of ledgers contains no hvp,
+        no replicates and no other scalars.
 
         Parameters
         ----------
@@ -250,8 +251,6 @@ class Recorder:
         **scalars : float
             Other scalars in `natgrad.schema.names.SCALARS`: ``loss_time_derivative``, dL/dt of a loss that changes
             with time (section 2.1), and ``hessian_min_eigenvalue``, eq. (18).
-
-        A log of ledgers contains no hvp, no replicates and no other scalars.
 
         Returns
         -------
