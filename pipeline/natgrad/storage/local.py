@@ -570,14 +570,20 @@ def open_regular(path: str | Path) -> int:
     OSError
         If it does not exist or is not accessible.
     """
+    return _opened_regular(path)[0]
+
+
+def _opened_regular(path: str | Path) -> tuple[int, os.stat_result]:
+    """Open a regular file for reading and return its descriptor and status; see `open_regular`."""
     require_regular(path)
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        _require_regular(os.fstat(descriptor), path)
+        status = os.fstat(descriptor)
+        _require_regular(status, path)
     except BaseException:
         os.close(descriptor)
         raise
-    return descriptor
+    return descriptor, status
 
 
 # Reading by position -----------------------------------------------------------------------------------------
@@ -612,8 +618,8 @@ class ChunkFile:
     """
 
     def __init__(self, path: str) -> None:
-        self.descriptor = open_regular(path)
-        self.size = os.fstat(self.descriptor).st_size
+        self.descriptor, status = _opened_regular(path)
+        self.size = status.st_size
 
     def stat(self) -> Stat:
         """Return the size, time and tag of the open file, which may have another name by now."""
