@@ -62,6 +62,7 @@ FURTHER = {
     "results.objective": ["results/test_dataset"],
     "results.pairs": ["results/test_dataset"],
     "results.recovery": ["ingestion/test_recovered_gradients", "results/test_variables"],
+    "results.replicate_variables": ["results/test_replicates", "results/test_variables"],
     "results.sizes": ["results/test_building"],
     "results.updates": ["results/test_variables", "results/test_pairs", "results/test_dataset"],
     "results.dataset": ["results/test_variables"],
