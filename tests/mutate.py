@@ -64,7 +64,12 @@ FURTHER = {
     "results.recovery": ["ingestion/test_recovered_gradients", "results/test_variables"],
     "results.replicate_variables": ["results/test_replicates", "results/test_variables"],
     "results.sizes": ["results/test_building"],
-    "results.updates": ["results/test_variables", "results/test_pairs", "results/test_dataset"],
+    "results.updates": [
+        "results/test_window_status",
+        "results/test_variables",
+        "results/test_pairs",
+        "results/test_dataset",
+    ],
     "results.dataset": ["results/test_variables"],
     "results.variables": ["results/test_pairs", "results/test_dataset"],
     "theory.discrete_time": ["theory/test_geometry", "results/test_dataset", "theory/test_theory"],
