@@ -4,7 +4,9 @@ import os
 import socket
 from pathlib import Path
 
+import numpy as np
 import pytest
+import zarr
 
 from natgrad.storage import LocalStorage, NotRegularError, open_regular, require_regular
 from natgrad.storage.local import ChunkFile
@@ -59,3 +61,11 @@ def test_a_missing_file_is_not_found(tmp_path):
     for name in ("missing", "link"):
         with pytest.raises(FileNotFoundError):
             open_regular(tmp_path / name)
+
+
+def test_zarr_refuses_a_pipe_in_place_of_a_chunk(tmp_path):
+    array = zarr.create_array(LocalStorage(tmp_path).zarr_store(), name="a", data=np.ones(3))
+    (tmp_path / "a" / "c" / "0").unlink()
+    os.mkfifo(tmp_path / "a" / "c" / "0")
+    with pytest.raises(OSError, match="not a regular file: it is a named pipe"):
+        array[:]

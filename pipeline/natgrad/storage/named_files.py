@@ -13,6 +13,8 @@ from zarr.abc.buffer import Buffer, BufferPrototype
 from zarr.abc.store import ByteRequest
 from zarr.storage import LocalStore
 
+from natgrad.storage.local import require_regular
+
 __all__ = ["NamedFiles"]
 
 
@@ -28,11 +30,18 @@ class NamedFiles(LocalStore):
             error.filename, error.filename2 = str(self.root / key), None
             raise
 
+    def _require_file(self, key: str) -> None:
+        """Refuse a pipe, for which Zarr would wait forever, and other special files."""
+        path = self.root / key
+        if path.exists() and not path.is_dir():
+            require_regular(path)
+
     async def get(
         self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
     ) -> Buffer | None:
         """Return the content of a file, or a range of it."""
         with self._naming(key):
+            self._require_file(key)
             return await super().get(key, prototype, byte_range)
 
     def get_sync(
@@ -40,6 +49,7 @@ class NamedFiles(LocalStore):
     ) -> Buffer | None:
         """Return the content of a file, or a range of it."""
         with self._naming(key):
+            self._require_file(key)
             return super().get_sync(key, prototype=prototype, byte_range=byte_range)
 
     async def set(self, key: str, value: Buffer) -> None:
