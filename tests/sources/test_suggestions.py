@@ -20,6 +20,14 @@ NEEDED = {"parameter", "gradient", "loss", "learning_rate", "step"}
         (["one.npz", "two.npz"], []),
         (["d1/sub/x.npz", "d2/sub/x.npz"], ["d{step}/sub/x.npz"]),
         (["a{1}.npz", "a{2}.npz"], []),
+        (
+            [f"{kind}/00{step}0/{layer}.w.npy" for kind in ("p", "g") for step in (1, 2, 3) for layer in (0, 2)],
+            ["*/{step}/*.npy", "*/*/{step}*.npy"],
+        ),
+        (
+            [f"{kind}_{layer}_{step}.npy" for kind in ("p", "g") for step in (1, 2) for layer in (0, 2)],
+            ["*_{step}.npy"],
+        ),
     ],
 )
 def test_patterns(tmp_path, names, expected):
@@ -37,6 +45,7 @@ def test_patterns(tmp_path, names, expected):
         # The names do not show which of the two is the model.
         ({"x/w": W, "y/w": W, "grads/w": W}, {}),
         ({"weights/w": W, "y/w": W, "grads/w": W}, {"parameter": "weights", "gradient": "grads"}),
+        ({"net/w": W, "net/b": B, "dLdw/0": W, "dLdw/1": B}, {"parameter": "net", "gradient": "dLdw"}),
         # Shapes differ, so these are not the gradients of these parameters.
         ({"net/w": W, "grads/w": B}, {}),
         ({"net/w": W, "optimizer/exp_avg/w": W, "grads/w": W}, {"parameter": "net", "gradient": "grads"}),

@@ -209,8 +209,10 @@ def _require_same_model(
             raise InputError(
                 what,
                 where=where(step, name, tensor),
-                why=f"the run was restarted with another model; the first step of this ingest is {first.number}",
-                remedy="process the steps of each model as a separate run",
+                why="the run was restarted with another model, or some of these tensors are not parameters; the "
+                f"first step of this ingest is {first.number}",
+                remedy="process the steps of each model as a separate run, or select the parameters with --map "
+                "parameter=KEY",
             )
 
 

@@ -227,8 +227,10 @@ _NPY = Kind(
     "<name>_<N>.npy",
     is_entry,
     lambda step, names: NpyFile(step, role_of(step.storage.name) or STATES[0]),
+    CHECKPOINT,
     suffixes=(".npy",),
     content=lambda path: first_bytes(path, 6) == b"\x93NUMPY",
+    one_array=True,
 )
 
 

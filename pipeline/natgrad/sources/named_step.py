@@ -27,6 +27,7 @@ from natgrad.sources.names import MAP_FILE, MODEL_KEYS, ROOT, SINGLE_ARRAY, Name
 from natgrad.sources.optimizers.saved_state import SavedOptimizer, optimizer_roots, saved_optimizer
 from natgrad.sources.optimizers.state import OptimizerState
 from natgrad.sources.steps import LoggedTensor, where
+from natgrad.sources.tensor_names import matched_names
 
 __all__ = ["NamedStep"]
 
@@ -212,7 +213,10 @@ class _Arrays:
             return None
         parameters = self.keys.get("parameter", {})
         single = {name: container.tensors[key] for name, key in parameters.items() if key not in container.ties}
-        names, trained = self._names, self.keys.get("gradient", ())
+        names, arrays = self._names, self.logged
+        gradients = arrays.get("gradient", {})
+        matched = matched_names(arrays.get("parameter", {}), gradients, self.aliases)
+        trained = [matched.get(name, name) for name in gradients]
         found = saved_optimizer(container, single, trained, names.order, names.optimizer)
         # The keys determine whether there is one.
         self._without_optimizer = found is None
@@ -245,6 +249,9 @@ class _Arrays:
             rooted = [array for array in rooted if array in self._names.required]
         elif found and not self._names.model:
             rooted = []  # a file with other native keys is not a model
+        elif found:
+            # Only a file without usual keys contains gradients, as its name indicates, under bare names.
+            rooted = [array for array in rooted if array == STATES[0]]
         starts = tuple(f"{root}/" for root in optimizer_roots(self._container)) if rooted else ()
         if rooted and not found and not self._names.required.intersection(rooted):
             scalars = {key for name in (*SCALARS, *REPLICATES, "step") for key in self._names.keys.get(name, ())}

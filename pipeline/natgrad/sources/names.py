@@ -13,7 +13,7 @@ from natgrad.sources.bounds import parse_toml
 from natgrad.sources.container import Container
 from natgrad.sources.families import ANY_NAME
 from natgrad.sources.optimizers.factors import USER_OPTIONS
-from natgrad.sources.optimizers.saved_state import optimizer_roots
+from natgrad.sources.optimizers.saved_state import OPTIMIZER_KEYS, optimizer_roots
 from natgrad.sources.step_names import Naming, checked_pattern, role_of
 from natgrad.storage import Storage
 
@@ -133,12 +133,20 @@ class Names:
             model=self.model or bool(required.keys() & set(STATES)),
         )
 
-    def of_file(self, stem: str) -> Names:
-        """Return a copy for a file whose name may indicate that it contains gradients, such as ``grad-000001``.
+    def of_file(self, name: str, folder: str = "") -> Names:
+        """Return a copy for a file whose name, or folder, may indicate that it contains gradients.
 
         If it has none of the usual keys, its tensors are gradients instead of parameters.
+
+        Parameters
+        ----------
+        name : str
+            Such as ``grad-000001.pt``.
+        folder : str
+            Name of the folder of the log. Only a single word counts: ``grads``, but not ``gradient_descent``.
         """
-        if role_of(stem) != "gradient" or self.required & set(STATES):
+        in_folder = not role_of(name) and folder.lower() in _GRADIENT
+        if (role_of(name) != STATES[1] and not in_folder) or self.required & set(STATES):
             return self
         parameter = tuple(key for key in self.keys["parameter"] if key != ROOT)
         return replace(self, keys={**self.keys, "parameter": parameter, "gradient": (*_GRADIENT, ROOT)})
@@ -242,7 +250,7 @@ SINGLE_ARRAY = "theta"
 
 _RATE = (
     # The optimizer uses its own rate; a rate that is saved next to it may be that of another update.
-    *(f"{root}/param_groups/*/lr" for root in ("optimizer", "optimizer_state_dict", "optim", "optimizer_states/*")),
+    *(f"{root}/param_groups/*/lr" for root in (*OPTIMIZER_KEYS, "optimizer_states/*")),
     "optimizer/optimizer/param_groups/*/lr",
     *(f"{root}/*/param_groups/*/lr" for root in ("optimizers", "optimizer", "state/optimizers")),
     *("learning_rate", "lr", "learning_rates", "lrs"),

@@ -382,7 +382,11 @@ def holds_run(path: Path, *, in_one_file: bool = False) -> bool:
     """Return True if a path is a log with tensors or a run file or, optionally, contains one file that is a log."""
     if find_run_file(LocalStorage(path)) is not None:
         return True
-    path = _single_log(path) if in_one_file else path
+    return _holds_tensors(_single_log(path) if in_one_file else path)
+
+
+def _holds_tensors(path: Path) -> bool:
+    """Return True if a path is a log with tensors."""
     return any(known.find(path) for known in FORMATS.values() if known.scalars is None)
 
 
@@ -400,7 +404,7 @@ def _single_log(path: Path) -> Path:
         return path
     files = [entry for entry in path.iterdir() if entry.is_file() and not entry.name.startswith(".")]
     # Logs with tensors take precedence over logs of scalars in the same folder.
-    logs = [file for file in files if holds_run(file)] or [file for file in files if find_format(file)]
+    logs = [file for file in files if _holds_tensors(file)] or [file for file in files if find_format(file)]
     return logs[0] if len(logs) == 1 else path
 
 

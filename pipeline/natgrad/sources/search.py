@@ -20,6 +20,7 @@ from natgrad.storage import LocalStorage
 
 __all__ = [
     "FoundLog",
+    "array_suffixes",
     "is_step_file",
     "logs_below",
     "names_below",
@@ -38,6 +39,7 @@ _EXAMINED = 64
 """Number of files of a folder that are examined."""
 
 _SNIFFED = 2
+_ARRAY_DEPTH = 3
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ def logs_below(folder: Path, stop: Callable[[], bool] = lambda: False) -> Iterat
         if any((path / name).exists() for name in ("zarr.json", ".zgroup", "trajectory.zarr", "steps.zarr")):
             continue
         folders, files = _entries(path)
-        if name is None and _numbered(folders, files):
+        if name is None and (_numbered(folders, files) or (path == folder and _holds_arrays(folder))):
             yield FoundLog(path, "")
         if stop():
             return
@@ -154,10 +156,22 @@ def _numbered(folders: list[Path], files: list[Path]) -> bool:
     )
 
 
+def _holds_arrays(folder: Path) -> bool:
+    """Return True if there are files of one array below a folder: their folders may be those of one step."""
+    return any(name.endswith(array_suffixes()) for name in names_below(folder, _ARRAY_DEPTH))
+
+
 def step_suffixes() -> tuple[str, ...]:
     """Return the endings of the names of files that contain a step, in all formats."""
     kinds = (kind for known in FORMATS.values() for kind in known.kinds)
     return tuple(dict.fromkeys(suffix for kind in kinds for suffix in kind.suffixes))
+
+
+def array_suffixes() -> tuple[str, ...]:
+    """Return the endings of the names of files that contain one array."""
+    return tuple(
+        suffix for known in FORMATS.values() for kind in known.kinds if kind.one_array for suffix in kind.suffixes
+    )
 
 
 def nearest_format(folder: Path) -> tuple[str, str] | None:

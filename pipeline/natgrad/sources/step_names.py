@@ -64,11 +64,21 @@ _ROLES = {
 
 _QUALIFIERS = _CONTENT_WORDS | _CHECKPOINT_WORDS | {"global", "train", "trainer", "training", "optimizer", "opt"}
 
+_SEPARATORS = "-_=. "
+_MARKS = "|".join(_STEP_WORDS | _CHECKPOINT_WORDS | _EPOCH_WORDS)
+_MARK = re.compile(rf"(?<![A-Za-z])(global[-_ ]?)?({_MARKS})?[{_SEPARATORS}]*$", re.I)
+"""Words before a number that mark it as a step or an epoch."""
+
+_PLURAL_MARK = re.compile(rf"[{_SEPARATORS}]*({'|'.join(_PLURALS)})(?![A-Za-z])", re.I)
 _UNIT = "([kKmM](?![A-Za-z]))?"
 _NUMBER = re.compile(rf"([0-9]+(?:\.[0-9]+)?(?:e[-+][0-9]+)?){_UNIT}")
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+_LEAF = re.compile(r"\.(weight|bias|kernel|scale|gamma|beta)(?![A-Za-z])")
+"""Ends of names of tensors, before which a number is that of a layer."""
+
 _KEY = re.compile(r"[^-\s,;]*[-\s]*$")
 _ATTEMPT = re.compile(r"(.+)-v([0-9]{1,4})((?:\.[A-Za-z][A-Za-z0-9]*)*)")
+_PROGRESS = ("global step", "step", "checkpoint", "epoch")
 _UNITS = {"": 1, "k": 1_000, "m": 1_000_000}
 _DIGITS_LIMIT = 18
 _STARS_LIMIT = 3
@@ -189,6 +199,8 @@ def _kind(match: re.Match[str], before: str, after: str, *, first: bool, last: b
         return "checkpoint"
     if word in _EPOCH_WORDS:
         return "epoch"
+    if before[-1:] in ("", ".") and _LEAF.match(after):
+        return "other"  # 0.weight is the name of a tensor
     if word in _OTHER_WORDS or words[-2:] == ["rng", "state"] or following[:1] == ["of"]:
         return "other"
     if following and (following[0] in _PLURALS or (last and following[0] in _STEP_WORDS | _EPOCH_WORDS)):
@@ -341,6 +353,42 @@ class Naming:
         if value != value.to_integral_value() or len(str(int(value))) > _DIGITS_LIMIT:
             return StepName(problem=f"its number {match[1][:40]}{match[2] or ''} is not a step number")
         return StepName(int(value), match[1] + (match[2] or ""), _split_attempt(names[-1])[1])
+
+    def without_step(self, names: Sequence[str], stem: str) -> str:
+        """Return what the name of an entry has in common with those of the same content at other steps.
+
+        Parameters
+        ----------
+        names, stem
+            See `parse`. The levels of a pattern are joined by slashes.
+
+        Examples
+        --------
+        >>> Naming().without_step(["step3_fc.weight.npy"], "step3_fc.weight")
+        'fc.weight'
+        >>> Naming("*/{step}/*.npy").without_step(["grads", "000010", "fc.weight.npy"], "fc.weight")
+        'grads/fc.weight'
+        """
+        if not self.pattern:
+            counted = [number.span for number in _numbers(stem) if number.kind in _PROGRESS]
+            return _without(stem, counted or [parse_name(stem).span])
+        parts = [*names[-self.depth : -1], stem]
+        for level, name in enumerate(names[-self.depth :]):
+            match = self._matched(level, name)
+            if match is not None and match.re.groups:
+                parts[level] = _without(
+                    parts[level], [(match.start(1), match.end(2) if match[2] else match.end(1))]
+                )
+        return "/".join(filter(None, parts))
+
+
+def _without(text: str, spans: Sequence[tuple[int, int]]) -> str:
+    """Return a text without some numbers and the words that mark them."""
+    for start, stop in sorted(spans, reverse=True):
+        before, after = _MARK.sub("", text[:start]), _PLURAL_MARK.sub("", text[stop:], count=1)
+        texts = before.rstrip(_SEPARATORS), after.strip(_SEPARATORS)
+        text = "_".join(filter(None, texts))
+    return text
 
 
 AUTOMATIC = Naming()

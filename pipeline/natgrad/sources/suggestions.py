@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from natgrad.schema.layout import STORAGE_DTYPES
 from natgrad.schema.names import HESSIAN_NUMBERS, SCALARS
 from natgrad.sources.families import ANY_NAME, left_out
-from natgrad.sources.search import is_step_file, names_below, skeleton, step_suffixes
+from natgrad.sources.search import array_suffixes, is_step_file, names_below, skeleton, step_suffixes
 from natgrad.sources.step_names import STEP_FIELD, counts_other, role_of, words
 from natgrad.sources.steps import LoggedTensor
 
@@ -26,7 +26,17 @@ _CANDIDATES = 32
 _STARS = 3
 _DEPTH = 3
 
-_GRADIENT = {"gradient", "gradients", "grad", "grads", "g", "dw", "dtheta", "dparams"}
+_ARRAY_FORMS = {
+    re.compile(r"(?P<before>[A-Za-z]*[-_. ]?)(?P<number>[0-9]+)"): "{before}{step}",
+    re.compile(r".*(?P<before>[-_. ])(?P<number>[0-9]+)"): f"{ANY_NAME}{{before}}{{step}}",
+    re.compile(r"(?P<before>[A-Za-z]*[-_. ]?)(?P<number>[0-9]+)[^0-9].*"): f"{{before}}{{step}}{ANY_NAME}",
+}
+"""Forms of the level of a path with the step, if other parts of the path are the name of an array."""
+
+_GRADIENT = {
+    *("gradient", "gradients", "grad", "grads", "g", "dw", "dtheta", "dparams"),
+    *("dldw", "dldtheta", "dldp", "dl_dw", "dl_dtheta", "dl_dp"),
+}
 _PARAMETER = {
     *("parameter", "parameters", "param", "params", "weight", "weights", "theta", "w"),
     *("model", "net", "network", "module", "state", "variables"),
@@ -36,7 +46,7 @@ _NO_PARAMETER = {
     *("m", "v", "mom"),
 }
 _SCALAR_WORDS: dict[str, tuple[set[str], ...]] = {
-    "loss": ({"loss"}, {"objective"}, {"cost"}, {"nll"}),
+    "loss": ({"loss"}, {"objective"}, {"cost"}, {"nll"}, {"j"}),
     "learning_rate": ({"learning", "rate"}, {"lr"}, {"eta"}, {"step", "size"}, {"stepsize"}),
     "loss_time_derivative": ({"loss", "time", "derivative"},),
     **{name: ({*name.split("_")},) for name in HESSIAN_NUMBERS},
@@ -60,7 +70,8 @@ def suggested_patterns(folder: Path) -> list[str]:
     format.
     """
     groups: dict[str, list[str]] = {}
-    for name in names_below(folder, _DEPTH):
+    names = names_below(folder, _DEPTH)
+    for name in names:
         groups.setdefault(skeleton(name), []).append(name)
     suffixes = step_suffixes()
     ordered = sorted(groups.values(), key=lambda group: (bool(role_of(group[0])), -len(group)))
@@ -70,7 +81,28 @@ def suggested_patterns(folder: Path) -> list[str]:
         if group[0].endswith(suffixes) or is_step_file(folder / group[0])
         for pattern in _patterns_of(group)
     ]
+    patterns = [*_array_patterns([name for name in names if name.endswith(array_suffixes())]), *patterns]
     return list(dict.fromkeys(patterns))[:_PATTERNS]
+
+
+def _array_patterns(names: Sequence[str]) -> list[str]:
+    """Return patterns that each select all files, several of which contain the arrays of one step.
+
+    The step is at one end of the name of a file or folder: ``grads/000010/fc.weight.npy`` or ``fc.weight_10.npy``.
+    """
+    steps: dict[str, list[int]] = {}
+    for name in names:
+        path = PurePosixPath(name)
+        levels = [*path.parts[:-1], path.stem]
+        for at, level in enumerate(levels):
+            for expression, form in _ARRAY_FORMS.items():
+                match = expression.fullmatch(level)
+                if match is not None and not counts_other(match["before"]):
+                    own = form.format(**{"step": STEP_FIELD, **match.groupdict()})
+                    pattern = "/".join((*[ANY_NAME] * at, own, *[ANY_NAME] * (len(levels) - at - 1)))
+                    steps.setdefault(pattern + path.suffix, []).append(int(match["number"]))
+    found = [pattern for pattern, numbers in steps.items() if len(numbers) == len(names) > len(set(numbers)) > 1]
+    return sorted(found, key=lambda pattern: (f"{STEP_FIELD}{ANY_NAME}" in pattern, -len(set(steps[pattern]))))
 
 
 def _patterns_of(names: Sequence[str]) -> list[str]:
@@ -193,7 +225,8 @@ def _named(key: str, name: str) -> list[str]:
 
 
 def _last_words(key: str) -> set[str]:
-    return words(re.split("[/.]", key.strip(f"{ANY_NAME}/."))[-1])
+    last = re.split("[/.]", key.strip(f"{ANY_NAME}/."))[-1]
+    return words(last) | {last.lower()}
 
 
 def _overlap(key: str, other: str) -> bool:
@@ -201,7 +234,11 @@ def _overlap(key: str, other: str) -> bool:
 
 
 def _includes(group: Mapping[str, tuple[int, ...]], names: Mapping[str, tuple[int, ...]]) -> bool:
-    return all(group.get(name) == shape for name, shape in names.items())
+    """Return True if tensors have the names and shapes of others, or are a list of tensors of the same shapes."""
+    is_list = [*names] == [str(position) for position in range(len(names))]
+    return all(group.get(name) == shape for name, shape in names.items()) or (
+        is_list and [*group.values()] == [*names.values()]
+    )
 
 
 def _scalar(keys: Mapping[str, LoggedTensor | float], quantity: str) -> str:

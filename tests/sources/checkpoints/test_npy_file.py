@@ -171,22 +171,59 @@ def test_scalars_beside_a_model_are_read(tmp_path):
             assert reader.content().scalars == {"loss": step.number / 4, "learning_rate": 0.5}
 
 
-def test_several_arrays_of_a_step_are_read_after_following_the_advice(tmp_path):
-    for step, state in enumerate(STATES[:2]):
-        for array, end in (("parameter", "weight"), ("gradient", "weight_grad")):
-            for name, value in arrays(state, array).items():
-                np.save(tmp_path / f"{name}.{end}_step{step}.npy", value)
-    with pytest.raises(InputError, match=r"step 0 has several arrays(.|\n)*such as step_0, without the number"):
-        open_source(open_storage(tmp_path)).steps()
-    for path in [*tmp_path.iterdir()]:
-        name, _, step = path.stem.rpartition("_step")
-        (tmp_path / f"step_{step}").mkdir(exist_ok=True)
-        path.rename(tmp_path / f"step_{step}" / f"{name}.npy")
+NAMES = {
+    "{tensor}_{step:04}": ("d{tensor}_{step:04}", ""),
+    "step{step}_{tensor}.weight": ("step{step}_{tensor}.weight.grad", ""),
+    "{tensor}.weight_step{step}": ("{tensor}.weight_grad_step{step}", ""),
+    "epoch{step}-{step}_steps-{tensor}": ("epoch{step}-{step}_steps-grad_{tensor}", ""),
+    "params/{step:06}/{tensor}": ("grads/{step:06}/{tensor}", "*/{step}/*.npy"),
+    "weights/{tensor}.{step}": ("gradients/{tensor}.{step}", "*/*.{step}.npy"),
+    "{tensor}/param_{step}": ("{tensor}/grad_{step}", "*/*_{step}.npy"),
+    "3_{tensor}_2_{step}": ("grad_3_{tensor}_2_{step}", "*_{step}.npy"),
+}
+
+
+def save_tensors(folder, step, state, parameter, gradient):
+    for array, form in (("parameter", parameter), ("gradient", gradient)):
+        for tensor, value in arrays(state, array).items():
+            path = folder / (form.format(tensor=tensor, step=step) + ".npy")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.save(path, value)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_files_of_single_tensors_are_steps(tmp_path, name):
+    gradient, pattern = NAMES[name]
+    for step, state in enumerate(STATES):
+        save_tensors(tmp_path, 10 * step, state, name, gradient)
+    log = open_source(open_storage(tmp_path), pattern=pattern)
+    assert [step.number for step in log.steps()] == [0, 10, 20, 30]
+    for step, state in zip(log.steps(), STATES, strict=True):
+        with log.open(step) as reader:
+            content = reader.content()
+            for array in ("parameter", "gradient"):
+                expected = arrays(state, array)
+                assert len(content.arrays[array]) == len(expected)
+                for key in content.arrays[array]:
+                    (tensor,) = (tensor for tensor in expected if tensor in key)
+                    values = np.zeros(expected[tensor].size, np.float32)
+                    reader.read(array, key, 0, values)
+                    np.testing.assert_array_equal(values, expected[tensor].ravel())
+
+
+def test_a_last_step_that_lacks_tensors_is_left_for_the_next_pass(tmp_path):
+    for step, state in enumerate(STATES):
+        save_tensors(tmp_path, step, state, "{tensor}_{step}", "d{tensor}_{step}")
     log = open_source(open_storage(tmp_path))
-    with log.open(log.steps()[1]) as reader:
-        content = reader.content()
-        assert content.arrays["gradient"].keys() == {f"{name}.weight" for name in TENSORS}
-        for name, value in arrays(STATES[1], "gradient").items():
-            found = np.zeros(value.size, np.float32)
-            reader.read("gradient", f"{name}.weight", 0, found)
-            np.testing.assert_array_equal(found, value.ravel())
+    for name in TENSORS:
+        (tmp_path / f"d{name}_3.npy").unlink()
+    assert len(log.steps()) == 4  # a last state without a gradient is complete
+    (tmp_path / "b1_3.npy").unlink()
+    assert [step.number for step in log.steps()] == [0, 1, 2]
+
+
+def test_two_files_of_one_tensor_at_one_step_are_refused(tmp_path):
+    save_tensors(tmp_path, 3, STATES[0], "{tensor}_{step}", "d{tensor}_{step}")
+    save_tensors(tmp_path, 3, STATES[0], "{tensor}_{step:04}", "d{tensor}_{step:04}")
+    with pytest.raises(InputError, match="step 3 exists twice"):
+        open_source(open_storage(tmp_path)).steps()

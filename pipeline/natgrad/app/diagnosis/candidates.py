@@ -15,7 +15,7 @@ from natgrad.schema.errors import InputError
 from natgrad.schema.names import SCALARS, STATES, USUAL_SCALARS
 from natgrad.sources.alignment import misalignment
 from natgrad.sources.base import Keyed, Source, StepContent
-from natgrad.sources.names import CHECKPOINT
+from natgrad.sources.names import CHECKPOINT, ROOT
 from natgrad.sources.opening import open_log
 from natgrad.sources.scalars.scalar_log import ScalarLog
 from natgrad.sources.search import FoundLog
@@ -136,6 +136,8 @@ class ReadPart:
         """Usual quantities that it could provide, but does not."""
         usual = USUAL_SCALARS if self.scalars else (*STATES[:2], *USUAL_SCALARS)
         lacking = [name for name in usual if name not in self.quantities]
+        if len(self.quantities.get(STATES[0], self.examined)) < len(self.examined):
+            lacking = [STATES[0], *lacking]
         return lacking if self.matched else [*lacking, "gradient"]
 
     def text(self) -> str:
@@ -305,6 +307,8 @@ def _improvements(read: ReadPart) -> Iterator[dict[str, str]]:
         for options in advised(note):
             if "train" in str(options.get("map", "")):
                 yield options["map"]
+    if "gradient" not in read.quantities and role_of(Path(read.part.location).stem) == STATES[1]:
+        yield {STATES[1]: ROOT}
     lacking = set(read.lacking)
     by_name = suggested_map(read.keys, lacking)
     if by_name and any(read.part.map.get(name) != key for name, key in by_name.items()):

@@ -172,7 +172,9 @@ def _read_below(path: Storage, attempts: Attempts, stop: Deadline) -> list[ReadP
         ):
             continue
         if log.format != "run file" and not (read and stop()):
-            read += readings(log, attempts, stop)[:_READINGS]
+            # The only file of a folder without a known log is found by itself.
+            found_parts = readings(log, attempts, stop)[:_READINGS]
+            read += [part for part in found_parts if log.format or not part.scalars]
     return [part for part in read if "/" not in part.part.pattern or not _holds_runs(part, read)]
 
 
@@ -197,10 +199,16 @@ def _read_nearby(path: Storage, stop: Deadline) -> list[ReadPart]:
 
 
 def _holds_runs(part: ReadPart, read: Sequence[ReadPart]) -> bool:
-    """Return True if there are logs of several states below a log, so that its folders are runs and not steps."""
+    """Return True if there are logs of several states below a log, so that its folders are runs and not steps.
+
+    Numbers that only a pattern selects may also be those of layers.
+    """
     folder = Path(part.part.location)
     return any(
-        folder in Path(other.part.location).parents and len(other.steps) > 1 and not other.scalars for other in read
+        folder in Path(other.part.location).parents
+        and len(other.steps) > 1
+        and not (other.scalars or other.part.pattern)
+        for other in read
     )
 
 

@@ -6,11 +6,13 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from natgrad.schema.configuration import Scalar
 from natgrad.schema.errors import InputError
 from natgrad.schema.logs import logger
+from natgrad.schema.names import STATES
 from natgrad.sources.base import StepReader
 from natgrad.sources.bounds import read_limited
 from natgrad.sources.changes import changed_lately, identity
@@ -20,10 +22,11 @@ from natgrad.sources.checkpoints.several_files import SeveralFiles
 from natgrad.sources.checkpoints.zip_members import first_member
 from natgrad.sources.configured import nearby, read_or_note
 from natgrad.sources.container import Container, first_bytes, read_errors
+from natgrad.sources.families import usual_families
 from natgrad.sources.named_step import NamedStep
 from natgrad.sources.names import CHECKPOINT, NATIVE, Names
 from natgrad.sources.step_names import AUTOMATIC, STEP_FIELD, Naming, StepName, parse_name, role_of, step_number
-from natgrad.sources.steps import ListingChanged, LoggedStep, NotYet, Unreadable, vanished
+from natgrad.sources.steps import ListingChanged, LoggedStep, LoggedTensor, NotYet, Unreadable, vanished
 from natgrad.storage import LocalStorage, Storage, network_errors
 
 __all__ = ["NATIVE_KINDS", "Kind", "StepFolder", "is_entry", "not_latest_yet", "step_entries"]
@@ -56,6 +59,8 @@ class Kind:
     content : callable
         Function of a path that returns True if its first bytes are those of this kind. It decides for names that
         match a pattern and have another suffix.
+    one_array : bool
+        A file contains one array, so that a step may have several files with parameters.
     """
 
     layout: str
@@ -66,6 +71,7 @@ class Kind:
     suffixes: tuple[str, ...] = ()
     clean: Callable[[str], str] = lambda name: name
     content: Callable[[Path], bool] = lambda path: False
+    one_array: bool = False
 
     @property
     def layouts(self) -> str:
@@ -219,7 +225,7 @@ class StepFolder:
             if listed is None:
                 continue
             step, attempt = listed
-            files.setdefault((step.number, attempt), _Files(self._naming)).add(step)
+            files.setdefault((step.number, attempt), _Files(self._naming)).add(step, self._array(step.storage))
         if unnumbered:
             self._report(unnumbered, alone=not files)
         if not files:
@@ -265,6 +271,14 @@ class StepFolder:
         origin = f"the key {kind.names.keys['step'][0]!r} in {entry.name!r}"
         step = None if number is None else LoggedStep(number, entry, origin=origin, step_span=kind.names.step_span)
         return None if step is None else (step, name.attempt)
+
+    def _array(self, file: Storage) -> str | None:
+        """Return the name of the array in a file of one array, without the step; None for other files."""
+        found = self._kind(file)
+        if found is None or not found[0].one_array:
+            return None
+        path = _path(file)
+        return self._naming.without_step(path.parts, found[0].stem(path.name) or path.name)
 
     def _number_in_file(self, kind: Kind, entry: Storage, unnumbered: dict[Storage, str]) -> int | None:
         """Return the step number in a file. A file without a number in its name need not be a step."""
@@ -348,7 +362,7 @@ class StepFolder:
         kind = self._kind_of(step, step.storage)
         if step.others:
             return self._open_files(step, kind.names)
-        names = kind.names.of_file(step.storage.name) if kind.suffixes else kind.names
+        names = kind.names.of_file(step.storage.name, self.location.name)
         return NamedStep(kind.open(step, names), names)
 
     def configuration(self, step: LoggedStep, notes: list[str]) -> dict[str, Scalar]:
@@ -363,6 +377,8 @@ class StepFolder:
     def _open_files(self, step: LoggedStep, names: Names) -> NamedStep:
         """Open a step that consists of several files."""
         merged = SeveralFiles(step)
+        arrays = {file: self._array(file) for file in (step.storage, *step.others)}
+        several = len({_role(file, array) for file, array in arrays.items()}) < len(arrays)
         optimizers = [file.name for file in step.others if role_of(file.name) == "optimizer"]
         try:
             with read_errors(step, "the files of a step"):
@@ -378,6 +394,9 @@ class StepFolder:
                         if role != "optimizer":
                             raise
                         merged.unread[role] = f"{file.name}: {error.what}"
+                        continue
+                    if several and (array := arrays[file]) is not None:
+                        merged.include(container, rename=partial(_renamed, array))
                         continue
                     names, rename = names.of_part(role, container)
                     merged.include(container, role, rename)
@@ -405,29 +424,33 @@ class _Files:
     def __init__(self, naming: Naming) -> None:
         self._naming = naming
         self._by_role: dict[str, list[LoggedStep]] = {}
+        self._arrays: dict[str, str] = {}
 
-    @property
-    def roles(self) -> set[str]:
-        """Roles of the files that are read; see `natgrad.sources.step_names.role_of`."""
-        return set(self._by_role) - {"other"} or {""}
-
-    def add(self, step: LoggedStep) -> None:
+    def add(self, step: LoggedStep, array: str | None) -> None:
         """Add a file, given as a step.
+
+        Parameters
+        ----------
+        step : LoggedStep
+        array : str, optional
+            Name of the array in a file that contains only one.
 
         Raises
         ------
         InputError
-            If the step has another file with the same role.
+            If the step has another file with the same content.
         """
-        role = role_of(step.storage.name)
+        role = _role(step.storage, array)
         same = self._by_role.setdefault(role, [])
         if same and role == "" and self._naming.keyed and _has_digits(same[0]) != _has_digits(step):
             _log.info("%s and %s are the same step", same[0].storage, step.storage)
             self._by_role[role] = [same[0] if _has_digits(same[0]) else step]
-        elif same and role not in ("optimizer", "other"):
+        elif same and role not in ("optimizer", "other") and (array is None or self._arrays.get(array) == role):
             raise _twice(same[0], step)
         else:
             same.append(step)
+        if array is not None:
+            self._arrays[array] = role
 
     def skipped(self) -> list[LoggedStep]:
         """Return the files that are not read, because others contain the model."""
@@ -442,17 +465,32 @@ class _Files:
         first, *rest = read or others
         return replace(first, others=tuple(step.storage for step in rest))
 
+    def lacks(self, other: _Files) -> str:
+        """Return what this step lacks, but another one has, of model and optimizer; empty if it lacks nothing."""
+        roles, of_other = (set(one._by_role) - {"other"} or {""} for one in (self, other))
+        missing = of_other - roles
+        gradients = usual_families(dict.fromkeys(other._arrays, LoggedTensor((), ""))).get(STATES[1], ("", {}))[1]
+        arrays = [
+            name
+            for name, role in other._arrays.items()
+            if role == "" and name not in self._arrays and name not in gradients.values()
+        ]
+        if "" in missing or arrays:
+            return ", ".join(["model", *arrays[:1]])
+        return "optimizer" if "optimizer" in missing else ""
+
+
+def _role(file: Storage, array: str | None) -> str:
+    """Return the role of a file; see `natgrad.sources.step_names.role_of`."""
+    return role_of(file.name if array is None else array)
+
+
+def _renamed(name: str, key: str) -> str:
+    """Return the name of an array under a key of the file that contains it."""
+    return name or key
+
 
 def _twice(one: LoggedStep, other: LoggedStep) -> InputError:
-    if other.storage.suffix == ".npy":  # which contains one array, so that a step may need several
-        return InputError(
-            f"step {one.number} has several arrays: {one.storage.name} and {other.storage.name}",
-            where=f"{other.storage}, step {one.number}",
-            why="only one file of parameters and one of gradients can have the same number; the names do not show "
-            "how the others belong together",
-            remedy=f"move the files of each step into a separate folder, such as step_{one.number}, without the "
-            "number in their names, or select files with --pattern",
-        )
     return InputError(
         f"step {one.number} exists twice: {one.storage.name} and {other.storage.name}",
         where=f"{other.storage}, step {one.number}",
@@ -468,7 +506,7 @@ def _leave_unfinished(files: dict[tuple[int, int], _Files]) -> None:
     if len(files) < 2:
         return
     *_, before, last = sorted(files)
-    missing = (files[before].roles - files[last].roles) & {"", "optimizer"}
+    missing = files[last].lacks(files[before])
     step = files[last].combined()
     with suppress(ListingChanged):
         if not missing or not changed_lately(identity(step)["time"]):
@@ -476,7 +514,7 @@ def _leave_unfinished(files: dict[tuple[int, int], _Files]) -> None:
         _log.warning(
             "step %d is left for the next pass: its %s is still being written (%s)",
             step.number,
-            "model" if "" in missing else "optimizer",
+            missing,
             step.storage.name,
         )
         del files[last]

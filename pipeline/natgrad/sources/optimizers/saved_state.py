@@ -22,10 +22,16 @@ from natgrad.sources.optimizers import factors
 from natgrad.sources.optimizers.state import FactoredMetric, OptimizerState, RotatedMetric, RuleState, factor_array
 from natgrad.sources.steps import LoggedTensor, is_running_statistic
 
-__all__ = ["SavedOptimizer", "optimizer_roots", "saved_optimizer"]
+__all__ = ["OPTIMIZER_KEYS", "SavedOptimizer", "optimizer_roots", "saved_optimizer"]
+
+OPTIMIZER_KEYS = (
+    *("optimizer", "optimizer_state_dict", "optim", "optimizer_state", "optim_state_dict", "optim_state"),
+    *("opt", "opt_state_dict", "opt_state"),
+)
+"""Usual keys of the state of an optimizer."""
 
 _ROOTS = (
-    *("optimizer", "optimizer_state_dict", "optim"),
+    *OPTIMIZER_KEYS,
     # Several optimizers, in a list or by name.
     *("optimizers/[^/]+", r"optimizer/[0-9]+", "optimizer_states/[^/]+", "state/optimizers/[^/]+"),
 )
