@@ -196,7 +196,7 @@ class _Arrays:
         ]
         free = [key for key in unused if self._unused[key].dtype in STORAGE_DTYPES]
         for array in STATES:
-            key = self._names.keys.get(array, ("",))[0]
+            key = next(iter(self._names.keys.get(array, ())), "")
             own = self.keys.get(array, {})
             rest = left_out(key, own.values(), free) if array in self._names.required else []
             if rest:

@@ -14,10 +14,12 @@ from natgrad.sources.base import Source
 from natgrad.sources.checkpoints.stacked_file import StackedFile
 from natgrad.sources.checkpoints.step_folder import NATIVE_KINDS, StepFolder
 from natgrad.sources.container import not_regular
+from natgrad.sources.continued import Continued
 from natgrad.sources.formats import FORMATS, find_format, one_file_format, unnumbered_format
 from natgrad.sources.joined import JoinedSource
 from natgrad.sources.ledger_log import LedgerLog
 from natgrad.sources.names import CHECKPOINT, SCALAR_LOG_QUANTITIES, checked_shift
+from natgrad.sources.recognition import holds_tensors, run_parts, single_log
 from natgrad.sources.recovered import Recovered
 from natgrad.sources.replayed import Replayed, Replays
 from natgrad.sources.run_file import find_run_file, listed_logs
@@ -288,7 +290,13 @@ def _open(
             require_regular(path)
         except NotRegularError as error:
             raise not_regular(error, "the log", str(path)) from error
-    path = path if pattern or "step" in mapping else _single_log(path)
+    parts = run_parts(path)
+    if parts and (format is None or FORMATS[format].scalars is None):
+        found = find_format(path, _naming(path, mapping, pattern))
+        if found is None or FORMATS[found].scalars is not None:
+            storages = map(LocalStorage, parts)
+            return Continued(location, [_open(part, format, mapping, shift, pattern) for part in storages])
+    path = path if pattern or "step" in mapping else single_log(path)
     naming = _naming(path, mapping, pattern)
     found = format or find_format(path, naming) or unnumbered_format(path)
     known = FORMATS[found or (one_file_format(path) if path.is_file() else None) or "steps"]
@@ -375,19 +383,15 @@ def format_of(location: Storage) -> str:
         return "run file"
     if location.local_path is None:
         return _detect_in_objects(location)[0]
-    return find_format(_single_log(location.local_path)) or "steps"
+    parts = run_parts(location.local_path)
+    return find_format(single_log(parts[0] if parts else location.local_path)) or "steps"
 
 
 def holds_run(path: Path, *, in_one_file: bool = False) -> bool:
     """Return True if a path is a log with tensors or a run file or, optionally, contains one file that is a log."""
     if find_run_file(LocalStorage(path)) is not None:
         return True
-    return _holds_tensors(_single_log(path) if in_one_file else path)
-
-
-def _holds_tensors(path: Path) -> bool:
-    """Return True if a path is a log with tensors."""
-    return any(known.find(path) for known in FORMATS.values() if known.scalars is None)
+    return holds_tensors(single_log(path) if in_one_file else path) or bool(run_parts(path))
 
 
 def _is_scalar_log(location: Storage, mapping: Mapping[str, str]) -> bool:
@@ -396,16 +400,6 @@ def _is_scalar_log(location: Storage, mapping: Mapping[str, str]) -> bool:
     text = "line" in mapping and location.files() == [location] and not find_run_file(location)
     known = FORMATS.get(_TEXT if text and name == "steps" else name)
     return known is not None and known.scalars is not None
-
-
-def _single_log(path: Path) -> Path:
-    """Return the single file in a folder that is a log, unless the folder itself is a log."""
-    if not path.is_dir() or find_format(path) is not None:
-        return path
-    files = [entry for entry in path.iterdir() if entry.is_file() and not entry.name.startswith(".")]
-    # Logs with tensors take precedence over logs of scalars in the same folder.
-    logs = [file for file in files if _holds_tensors(file)] or [file for file in files if find_format(file)]
-    return logs[0] if len(logs) == 1 else path
 
 
 def _detect_in_objects(location: Storage) -> tuple[str, Storage]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from natgrad.schema.errors import InputError
 from natgrad.sources.checkpoints.step_folder import Kind
 from natgrad.sources.formats import FORMATS, find_format, unnumbered_format
+from natgrad.sources.recognition import run_parts, single_log
 from natgrad.sources.run_file import find_run_file
 from natgrad.sources.step_names import parse_name, words
 from natgrad.storage import LocalStorage
@@ -116,6 +117,8 @@ def logs_below(folder: Path, stop: Callable[[], bool] = lambda: False) -> Iterat
             yield FoundLog(path, "run file")
             continue
         name = _format_of(path) or unnumbered_format(path)
+        parts = [] if name is not None and FORMATS[name].scalars is None else run_parts(path)
+        name = _format_of(single_log(parts[0])) if parts else name
         scalars = name is not None and FORMATS[name].scalars is not None
         # The folder of a logger contains others that are read together with it.
         logger = name if scalars and name is not None else above
@@ -134,7 +137,11 @@ def logs_below(folder: Path, stop: Callable[[], bool] = lambda: False) -> Iterat
             found = _format_of(file)
             if found is not None and found != logger:
                 yield FoundLog(file, found, FORMATS[found].scalars is not None)
-        below = [entry for entry in folders if not (has_steps and parse_name(entry.name).number is not None)]
+        below = [
+            entry
+            for entry in folders
+            if entry not in parts and not (has_steps and parse_name(entry.name).number is not None)
+        ]
         if depth < _DEPTH:
             queue += [(entry, depth + 1, logger) for entry in typical(below)]
 
