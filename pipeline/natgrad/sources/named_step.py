@@ -342,6 +342,13 @@ class _Arrays:
         model, trained = self._names.model or prefix in MODEL_KEYS, array != STATES[0]
         for name, key in names.items():
             dtype = tensors[key].dtype
+            if dtype == "object":
+                raise InputError(
+                    f"{shown(key)} contains pickled objects, which are never loaded",
+                    where=where(self._container.step, array),
+                    why="NumPy pickles dictionaries and lists of arrays",
+                    remedy="save each array under a separate key: np.savez(path, **arrays)",
+                )
             if dtype not in STORAGE_DTYPES and (not model or (trained and _INEXACT.match(dtype))):
                 raise InputError(
                     f"dtype {dtype} is not a float dtype that can be stored",

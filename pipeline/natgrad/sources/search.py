@@ -29,6 +29,7 @@ __all__ = [
     "skeleton",
     "step_suffixes",
     "typical",
+    "unknown_files",
 ]
 
 _DEPTH = 5
@@ -56,11 +57,14 @@ class FoundLog:
         several folders have names that differ only in numbers.
     scalars : bool
         It contains scalars, but no tensors.
+    is_second : bool
+        The folder also contains a log of another format, which is the one that is read by default.
     """
 
     path: Path
     format: str
     scalars: bool = False
+    is_second: bool = False
 
 
 def skeleton(name: str) -> str:
@@ -124,6 +128,8 @@ def logs_below(folder: Path, stop: Callable[[], bool] = lambda: False) -> Iterat
         logger = name if scalars and name is not None else above
         if name is not None and not (scalars and name == above):
             yield FoundLog(path, name, scalars)
+            if not scalars and not parts:
+                yield from (FoundLog(path, other, is_second=True) for other in _other_formats(path, name))
         if any((path / name).exists() for name in ("zarr.json", ".zgroup", "trajectory.zarr", "steps.zarr")):
             continue
         folders, files = _entries(path)
@@ -144,6 +150,18 @@ def logs_below(folder: Path, stop: Callable[[], bool] = lambda: False) -> Iterat
         ]
         if depth < _DEPTH:
             queue += [(entry, depth + 1, logger) for entry in typical(below)]
+
+
+def _other_formats(folder: Path, name: str) -> Iterator[str]:
+    """Yield the formats of other steps in a folder, such as ``grads_<N>.npz`` next to ``checkpoint-<N>``."""
+    folders, files = _entries(folder)
+    entries = typical([*folders, *files])
+    taken: set[Path] = set()
+    for format in (name, *(other for other in FORMATS if other != name)):
+        own = {entry for entry in entries if any(kind.holds(entry) for kind in FORMATS[format].kinds)}
+        if format != name and own and not own & taken:
+            yield format
+        taken |= own
 
 
 def _format_of(path: Path) -> str | None:
@@ -230,6 +248,14 @@ def _nearest_by_content(files: list[Path]) -> tuple[str, str] | None:
                         f"{', '.join(kind.suffixes)}, and no pattern selects several files"
                     )
     return None
+
+
+def unknown_files(folder: Path) -> list[Path]:
+    """Return files with a step in their names whose content is of no format; empty if others are of a format."""
+    _, files = _entries(folder)
+    steps = [path for path in typical(files)[:_EXAMINED] if parse_name(path.stem).number is not None]
+    suffixes = step_suffixes()
+    return [] if any(path.name.endswith(suffixes) or is_step_file(path) for path in steps) else steps
 
 
 def is_step_file(path: Path) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -125,6 +126,50 @@ def printed_lines(root):
     return 0, 3, ALL
 
 
+def printed_lines_of_an_unknown_form(root):
+    write_log(root / "run", part(STATES, *TENSORS))
+    lines = [
+        f"[10:0{n}] Step {n}/100 - train loss: {float(s['loss']):.6f} ({n + 7} ms) lr={float(s['learning_rate'])}\n"
+        for n, s in enumerate(STATES)
+    ]
+    (root / "out.txt").write_text("".join(["loss is printed at each step\n", *lines, "step 3 val loss 9.5\n"]))
+    os.utime(root / "out.txt", (LONG_AGO, LONG_AGO))
+    return 0, 3, ALL
+
+
+def files_of_tensors_in_two_folders(root):
+    for number, state in enumerate(STATES):
+        for array, folder in (("parameter", "params"), ("gradient", "grads")):
+            (root / folder / f"{number:04}").mkdir(parents=True)
+            for name in ("w", "b"):
+                np.save(root / folder / f"{number:04}" / name, state[f"{array}/{name}"])
+    write_csv(root / "metrics.csv", scalar_rows(STATES))
+    return 0, 3, ALL
+
+
+def gradients_in_a_folder_with_a_name_of_several_words(root):
+    write_log(root / "ckpt", part(STATES, "parameter", "loss", "learning_rate"))
+    for number, state in enumerate(part(STATES, "gradient")):
+        names = {key.removeprefix("gradient/"): value for key, value in state.items()}
+        write_arrays(root / "grad_dump" / f"{number}.npz", names)
+    return 0, 3, ALL
+
+
+def gradients_between_the_checkpoints_of_a_trainer(root):
+    for number, state in enumerate(STATES):
+        folder = root / "output" / f"checkpoint-{number}"
+        folder.mkdir(parents=True)
+        names = (
+            {key.partition("/")[2]: value for key, value in s.items()}
+            for s in (*part([state], "parameter"), *part([state], "gradient"))
+        )
+        safetensors.numpy.save_file(next(names), folder / "model.safetensors")
+        safetensors.numpy.save_file(next(names), root / "output" / f"grads_{number}.safetensors")
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": number, "log_history": []}))
+    write_csv(root / "output" / "log.csv", scalar_rows(STATES))
+    return 0, 3, ALL
+
+
 def names_with_an_unknown_pattern(root):
     for number, state in enumerate(STATES):
         write_arrays(root / f"gpt2w{10 * number}x.npz", state)
@@ -237,6 +282,10 @@ ACCEPTED = [
     scalars_next_to_the_states,
     scalars_with_unknown_names,
     printed_lines,
+    printed_lines_of_an_unknown_form,
+    files_of_tensors_in_two_folders,
+    gradients_in_a_folder_with_a_name_of_several_words,
+    gradients_between_the_checkpoints_of_a_trainer,
     names_with_an_unknown_pattern,
     folders_with_an_unknown_pattern,
     names_with_an_unknown_ending,
@@ -406,6 +455,12 @@ def empty(root):
     return "the folder is empty"
 
 
+def files_of_an_unknown_format(root):
+    for number in range(3):
+        (root / f"checkpoint_{number}").write_bytes(b"\x84\xa6params" + bytes(40))
+    return "the content of 'checkpoint_0' is of no known format"
+
+
 def images(root):
     for number in range(12):
         (root / f"img_{number}.png").write_bytes(b"\x89PNG\r\n")
@@ -449,6 +504,7 @@ def links_to_nowhere(root):
 
 REFUSED = [
     empty,
+    files_of_an_unknown_format,
     images,
     a_pipe,
     a_pipe_of_unknown_name,

@@ -16,7 +16,7 @@ from natgrad.schema.errors import InputError
 from natgrad.sources.names import parse_map
 from natgrad.sources.opening import format_of
 from natgrad.sources.scalars.columns import each_record
-from natgrad.sources.scalars.text_file import LINE_FORMS, TEXT_KIND
+from natgrad.sources.scalars.text_file import LINE_FORMS, TEXT_KIND, known_form
 from natgrad.storage import open_storage
 from opened import ingest, open_source, open_sources
 
@@ -143,6 +143,27 @@ def test_a_text_log_without_a_stated_form_is_refused_and_the_remedy_works(tmp_pa
         open_sources([run, twice], mapping={"line": "nanogpt"}).steps()
     with pytest.raises(InputError, match="line=x cannot be mapped in a CSV file"):
         open_source(write_text(tmp_path / "log.csv", "step,loss\n0,1\n"), "csv", {"line": "x"})
+
+
+@pytest.mark.parametrize(
+    ("line", "form"),
+    [
+        (
+            "[10:00] step={} epoch 1 loss: 2.5 lr=1e-3 3 it/s",
+            "step={step} epoch {epoch} loss: {loss} lr={learning_rate}",
+        ),
+        ("| iter {} | 12 batches | loss 5.1 | ppl 3", "iter {step} | {word3} batches | loss {loss}"),
+        ("INFO Update {}/1e5, Training Loss 0.5", "Update {step}/1e5, Training Loss {loss}"),
+        ("step {} val loss 2.5", ""),
+        ("Epoch {} loss 0.5", ""),
+        ("step {} (12.5ms), x2 loss 0.5", "step {step} {word2}, {word3} loss {loss}"),
+    ],
+)
+def test_the_form_of_lines_with_usual_words_is_advised(tmp_path, line, form):
+    text = "".join(f"{line.format(step)}\n" for step in range(10, 16))
+    assert known_form(open_storage(write_text(tmp_path / "train.log", text))) == form
+    # A line that occurs once may be part of a description.
+    assert known_form(open_storage(write_text(tmp_path / "once.log", text.splitlines()[0]))) == ""
 
 
 def test_a_form_is_stated_in_a_run_file_and_on_the_command_line(tmp_path):

@@ -258,7 +258,7 @@ def readings(
         with suppress(InputError):
             known.append(_read(only, format, stop))
         return known
-    queue = [Part(str(found.path))]
+    queue = [Part(str(found.path), found.format if found.is_second else None)]
     tried: list[Part] = []
     guesses: list[Part] = []
     while queue and len(tried) < _TRIALS and not (tried and stop()):
@@ -341,11 +341,11 @@ class Tried:
         return [name for name in (*STATES[:2], *USUAL_SCALARS) if name not in provided]
 
     @property
-    def rank(self) -> tuple[bool, int, int, int]:
-        """Key by which the best proposal comes first: gradients, then scalars, steps, and few options."""
+    def rank(self) -> tuple[bool, bool, int, int, int]:
+        """Key by which the best proposal comes first: logged gradients, then scalars, steps, and few options."""
         lacking = self.lacking
         flags = sum(len(part.flags()) for part in self.proposal.parts)
-        return "gradient" in lacking, len(lacking), -len(self.rehearsal.steps), flags
+        return "gradient" in lacking, self.proposal.recover, len(lacking), -len(self.rehearsal.steps), flags
 
 
 def try_with_advice(proposal: Proposal, attempts: Attempts, parts: Sequence[ReadPart] = ()) -> Tried | None:
@@ -435,14 +435,14 @@ def best_proposals(
                 break
         found += sorted(accepted, key=lambda tried: tried.rank)[:1]
     found.sort(key=lambda tried: tried.rank)
-    first = {tried.proposal.parts[0].location: tried for tried in reversed(found)}
-    return [tried for tried in found if first[tried.proposal.parts[0].location] is tried]
+    first = {tried.proposal.parts[0].log: tried for tried in reversed(found)}
+    return [tried for tried in found if first[tried.proposal.parts[0].log] is tried]
 
 
 def _joins(part: ReadPart, parts: Sequence[ReadPart]) -> Iterator[list[ReadPart]]:
     """Yield the logs to join with a log of parameters, the most complete joins first."""
     near = sorted(parts, key=lambda other: -_shared_folders(part, other))
-    others = [other for other in near if other.part.location != part.part.location]
+    others = [other for other in near if other.part.log != part.part.log]
     others = [other for other in others if _nearest_models(other, parts, part)]
     gradients: list[list[ReadPart]] = [[]]
     if "gradient" not in part.quantities:

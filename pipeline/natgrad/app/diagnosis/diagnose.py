@@ -23,7 +23,7 @@ from natgrad.app.diagnosis.proposals import Part, Proposal, scan_command
 from natgrad.schema.errors import InputError
 from natgrad.sources.formats import find_format
 from natgrad.sources.opening import format_of, holds_run
-from natgrad.sources.search import FoundLog, logs_below, nearest_format
+from natgrad.sources.search import FoundLog, logs_below, nearest_format, unknown_files
 from natgrad.sources.steps import NotYet
 from natgrad.storage import LocalStorage, Storage
 
@@ -113,7 +113,7 @@ def diagnose(paths: Sequence[Storage], options: Mapping[str, Any]) -> Diagnosis:
             read += _read_below(path, attempts, stop)
         folder = _run_file_folder(paths)
         accepted += best_proposals(read, folder, attempts, stop)
-        if read and len(paths) == 1 and not (accepted and min(tried.rank for tried in accepted)[1] == 0):
+        if read and len(paths) == 1 and all(tried.lacking for tried in accepted):
             nearby = _read_nearby(paths[0], stop)
             accepted += best_proposals(read, folder, attempts, stop, nearby) if nearby else []
             read += [part for tried in accepted for part in tried.parts if part in nearby and part not in read]
@@ -259,9 +259,15 @@ def no_log(path: Storage, contents: Mapping[str, str], error: InputError) -> Inp
     if not isinstance(error, NotYet):
         return error
     found = "; ".join(f"{kind}: {names}" for kind, names in contents.items())
+    local = path.local_path
+    unknown = next(iter(unknown_files(local)), None) if local is not None and local.is_dir() else None
     return InputError(
         "no log was found that can be processed",
         where=str(path),
-        why=f"{error.what}; it contains {found}",
-        remedy=error.remedy,
+        why=f"{error.what}; it contains {found}"
+        + (f"; the content of {unknown.name!r} is of no known format" if unknown else ""),
+        remedy="read these files with the library that wrote them, and save their arrays as step_<N>.npz or "
+        "step_<N>.safetensors (natgrad.Recorder)"
+        if unknown
+        else error.remedy,
     )

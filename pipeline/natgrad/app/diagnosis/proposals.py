@@ -58,6 +58,11 @@ class Part:
     scalars: bool = False
 
     @property
+    def log(self) -> tuple[str, str | None]:
+        """Location and format: a folder may contain logs of several formats."""
+        return self.location, self.format
+
+    @property
     def plain(self) -> bool:
         """Return True if it has no options."""
         return not (self.format or self.map or self.shift or self.pattern)

@@ -84,9 +84,9 @@ def stack_of(path: Path, mapping: Mapping[str, str] | None = None) -> StackedFil
 class ArrayFolder(SeveralFiles):
     """The files of one step.
 
-    Every ``.npy`` file is an array whose key is its path. A ``.npz``, ``.pt`` or ``.pkl`` file contains the tensors
-    of its kind (see `natgrad.sources.step_names.role_of`), or has usual keys. Numbers in JSON files are scalars.
-    Other files are not read.
+    Every file of one array, such as ``.npy``, is an array whose key is its path. Another ``.npz``, ``.pt`` or
+    ``.pkl`` file contains the tensors of its kind (see `natgrad.sources.step_names.role_of`), or has usual keys.
+    Numbers in JSON files are scalars. Other files are not read.
 
     Parameters
     ----------
@@ -125,6 +125,9 @@ class ArrayFolder(SeveralFiles):
                 self.unread[relative.as_posix()] = "its name indicates neither the model nor gradients"
                 return
             container = self._openers[path.suffix](LoggedStep(self.step.number, LocalStorage(path)))
+            if [*container.tensors] == [""]:
+                self.include(container, rename=lambda _: relative.with_suffix("").as_posix())
+                return
             _, rename = names.of_part(role, container)
             self.include(container, role or path.stem, rename)
 

@@ -6,7 +6,9 @@ The form is a pattern like ``iter {step}: loss {loss}``, or the name of a known 
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -41,6 +43,17 @@ _NUMBER = (
 )
 _WORD = r"(?<!\S)([^\s,;|]++)"
 _ITEM = re.compile(r"""['"]([^'"]{1,256})['"]\s*:\s*('[^']*'|"[^"]*"|[^,{}'"\[\]]+)""")
+_FIELDS = {
+    field: re.compile(rf"(?<![\w/.-])(?:{key})\b[\"' ]{{0,2}}[:=]?[ \"']{{0,2}}(?P<value>{_NUMBER})", re.IGNORECASE)
+    for field, key in {
+        "step": "(?:global[_ ]?)?(?:step|iter|iteration|update)",
+        "epoch": "epoch",
+        "loss": r"(?<!val )(?<!valid )(?<!validation )(?<!eval )(?<!test )(?:train(?:ing)?[_/ ]?)?loss",
+        "learning_rate": "lr|learning[_ ]rate",
+    }.items()
+}
+"""Words before the numbers of a line, by the field that they become in a derived form."""
+
 _ITERATION = re.compile(r"(?<!\w)iteration ([0-9]+) ?/ ?[0-9]+")
 _SPACES = ("  ", " \n", "\n ", *"\t\v\f\x1c\x1d\x1e\x1f")
 """ASCII space that is not a single one between words."""
@@ -193,22 +206,62 @@ LINE_FORMS: dict[str, LineForm] = {
 
 
 def known_form(log: Storage) -> str:
-    """Return the name of the known form that one of the first lines of a text file has; empty if none has."""
+    """Return the form that lines at the beginning of a text file have; empty if none is found.
+
+    It is the name of a known form, or a pattern of lines with a step and a loss after words for them.
+    """
     if not log.name.removesuffix(COMPRESSED).endswith(_SUFFIXES):
         return ""
     with open_text(log) as file:
         head = file.read(_BYTES_EXAMINED).decode("utf-8", errors="replace")
-    for line in re.split(r"[\r\n]", head)[:_LINES_EXAMINED]:
-        text = " ".join(line[:_LINE_LIMIT].split())
+    lines = [" ".join(line[:_LINE_LIMIT].split()) for line in re.split(r"[\r\n]", head)[:_LINES_EXAMINED]]
+    for line in lines:
         for name, form in LINE_FORMS.items():
             try:
-                found = form.parse(text)
+                found = form.parse(line)
             except ValueError:
                 continue
             # A dictionary without a step is one of the Trainer.
             if found and "loss" in found and (name != "trainer" or not {"step", "iter", "iteration"} & set(found)):
                 return name
-    return ""
+    return next((pattern for line in lines if (pattern := _derived(line)) and _recurs(pattern, lines)), "")
+
+
+def _derived(line: str) -> str:
+    """Return the pattern of a line that contains a step and a loss, and perhaps a rate; empty otherwise.
+
+    Examples
+    --------
+    >>> _derived("[12:00:01] step=3 epoch 1 train_loss: 2.5 lr=1e-3 tokens/s 12")
+    'step={step} epoch {epoch} train_loss: {loss} lr={learning_rate}'
+    >>> _derived("Step 3/100 (12.5ms) | loss 2.5")
+    'Step {step}/100 {word1} | loss {loss}'
+    """
+    matches = {field: match for field, known in _FIELDS.items() if (match := known.search(line))}
+    if not {"step", "loss"} <= set(matches):
+        return ""
+    first, last = (choose(matches.values(), key=re.Match.start) for choose in (min, max))
+    start, stop = first.start(), last.end()
+    for field, match in sorted(matches.items(), key=lambda item: -item[1].start()):
+        line = f"{line[: match.start('value')]}{{{field}}}{line[match.end('value') :]}"
+        stop += (len(field) + 2) - len(match["value"])
+    # Other words with digits may change from line to line.
+    texts = [
+        text if "{" in text else re.sub(r"^[^,;|]*[0-9][^,;|]*", f"{{word{position}}}", text)
+        for position, text in enumerate(line[start:stop].split(" "))
+    ]
+    return " ".join(texts)
+
+
+def _recurs(pattern: str, lines: Sequence[str]) -> bool:
+    """Return True if several lines with different steps have a form."""
+    steps = set[str]()
+    with suppress(ValueError):
+        parse = _pattern(pattern)
+        for line in lines:
+            found = parse(line)
+            steps |= {found["step"]} if found else set()
+    return len(steps) > 1
 
 
 def _files(location: Storage) -> list[Storage]:
@@ -296,7 +349,7 @@ def _unstated(log: Storage, wanted: Wanted, notes: list[str]) -> Iterator[Found]
         "the form of the lines of a text log must be stated",
         where=str(log),
         why="text may contain numbers of several kinds",
-        remedy=f"use --map line={known}, because its lines look like this form"
+        remedy=f"use --map {shlex.quote(f'line={known}')}, because its lines look like this form"
         if known
         else example + ", ".join(LINE_FORMS),
     )
