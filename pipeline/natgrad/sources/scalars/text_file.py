@@ -28,6 +28,7 @@ __all__ = ["LINE_FORMS", "TEXT_KIND", "known_form"]
 
 _SUFFIXES = (".log", ".txt", ".out", ".err")
 _LINES_EXAMINED, _BYTES_EXAMINED = 1000, 1 << 20
+_FORMS_TRIED = 8
 _LINE_LIMIT = 1 << 14
 """Maximum number of characters of a line that is searched; records are shorter."""
 
@@ -224,7 +225,8 @@ def known_form(log: Storage) -> str:
             # A dictionary without a step is one of the Trainer.
             if found and "loss" in found and (name != "trainer" or not {"step", "iter", "iteration"} & set(found)):
                 return name
-    return next((pattern for line in lines if (pattern := _derived(line)) and _recurs(pattern, lines)), "")
+    derived = islice(dict.fromkeys(filter(None, map(_derived, lines))), _FORMS_TRIED)
+    return next((pattern for pattern in derived if _recurs(pattern, lines)), "")
 
 
 def _derived(line: str) -> str:
@@ -257,7 +259,7 @@ def _recurs(pattern: str, lines: Sequence[str]) -> bool:
     """Return True if several lines with different steps have a form."""
     steps = set[str]()
     with suppress(ValueError):
-        parse = _pattern(pattern)
+        parse = _Pattern(pattern)
         for line in lines:
             found = parse(line)
             steps |= {found["step"]} if found else set()
