@@ -46,6 +46,8 @@ def test_patterns(tmp_path, names, expected):
         ({"x/w": W, "y/w": W, "grads/w": W}, {}),
         ({"weights/w": W, "y/w": W, "grads/w": W}, {"parameter": "weights", "gradient": "grads"}),
         ({"net/w": W, "net/b": B, "dLdw/0": W, "dLdw/1": B}, {"parameter": "net", "gradient": "dLdw"}),
+        # G is a generator, not a gradient.
+        ({"G/w": W, "D/w": W, "G_grads/w": W}, {"parameter": "G", "gradient": "G_grads"}),
         # Shapes differ, so these are not the gradients of these parameters.
         ({"net/w": W, "grads/w": B}, {}),
         ({"net/w": W, "optimizer/exp_avg/w": W, "grads/w": W}, {"parameter": "net", "gradient": "grads"}),

@@ -173,17 +173,22 @@ def _arrays(keys: Mapping[str, LoggedTensor | float]) -> dict[str, str]:
     }
     groups = _groups(tensors)
     gradients = [key for key in groups if _last_words(key) & _GRADIENT]
-    gradients.sort(key=lambda key: (-len(groups[key]), len(key)))  # the keys of most tensors first
+    # Words before single letters, then the keys of most tensors.
+    gradients.sort(key=lambda key: (_last_words(key).isdisjoint(_GRADIENT - {"g"}), -len(groups[key]), len(key)))
+    marks = (
+        _GRADIENT - {"g"}
+        if gradients and not _last_words(gradients[0]).isdisjoint(_GRADIENT - {"g"})
+        else _GRADIENT
+    )
     for gradient in gradients[:_CANDIDATES]:
         names = groups[gradient]
         candidates = [
             key
             for key, group in groups.items()
-            if not _overlap(key, gradient)
-            and not words(key) & (_NO_PARAMETER | _GRADIENT)
-            and _includes(group, names)
+            if not _overlap(key, gradient) and not words(key) & (_NO_PARAMETER | marks) and _includes(group, names)
         ]
-        hinted = [key for key in candidates if _last_words(key) & _PARAMETER] or candidates
+        hinted = [key for key in candidates if _without_marks(gradient) == key]
+        hinted = hinted or [key for key in candidates if _last_words(key) & _PARAMETER] or candidates
         smallest = min((len(groups[key]) for key in hinted), default=0)
         best = [key for key in hinted if len(groups[key]) == smallest]
         if len(best) == 1 and not _is_part({"parameter": best[0], "gradient": gradient}, groups, tensors):
@@ -227,6 +232,12 @@ def _named(key: str, name: str) -> list[str]:
 def _last_words(key: str) -> set[str]:
     last = re.split("[/.]", key.strip(f"{ANY_NAME}/."))[-1]
     return words(last) | {last.lower()}
+
+
+def _without_marks(gradient: str) -> str:
+    """Return the key of gradients without the word for them: ``G_grads`` belongs to ``G``."""
+    found = re.fullmatch(r"(.+)[_.-](?:grads?|gradients?)|(?:grads?|gradients?)[_.-](.+)", gradient, re.IGNORECASE)
+    return "" if found is None else found[1] or found[2]
 
 
 def _overlap(key: str, other: str) -> bool:

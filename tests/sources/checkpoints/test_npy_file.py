@@ -108,6 +108,29 @@ def test_folders_of_arrays_are_steps(tmp_path, save, name):
                     np.testing.assert_array_equal(found, value.ravel())
 
 
+def test_a_numbered_folder_with_only_the_model_is_the_last_step(tmp_path):
+    for step, state in enumerate(STATES):
+        (tmp_path / f"{step:06}").mkdir()
+        save_torch(tmp_path / f"{step:06}", state)
+    (tmp_path / "000003" / "grad.pt").unlink()
+    assert find_format(tmp_path) == "npy"
+    assert [step.number for step in open_source(open_storage(tmp_path)).steps()] == [0, 1, 2, 3]
+
+
+def test_files_of_single_tensors_of_torch_in_a_folder_are_a_step(tmp_path):
+    for step, state in enumerate(STATES):
+        (tmp_path / f"step_{step}").mkdir()
+        for array, end in (("parameter", "weight"), ("gradient", "weight.grad")):
+            for tensor, value in arrays(state, array).items():
+                torch.save(torch.from_numpy(np.array(value)), tmp_path / f"step_{step}" / f"{tensor}.{end}.pt")
+    log = open_source(open_storage(tmp_path))
+    with log.open(log.steps()[2]) as reader:
+        assert reader.content().arrays["gradient"].keys() == {f"{tensor}.weight" for tensor in TENSORS}
+        found = np.zeros(12, np.float32)
+        reader.read("gradient", "W1.weight", 0, found)
+        np.testing.assert_array_equal(found, STATES[2]["gradient/W1"].ravel())
+
+
 def test_other_folders_are_not_steps(tmp_path):
     for name in ("seed-0", "seed-1"):  # runs
         (tmp_path / name).mkdir()

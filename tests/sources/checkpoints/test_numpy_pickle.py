@@ -128,3 +128,18 @@ def test_other_pickles_are_refused_with_the_reason(tmp_path, content, reason):
 def test_arrays_of_objects_are_not_parameters(tmp_path):
     with pytest.raises(InputError, match=r"object of 'numpy\.ndarray of objects'"):
         content_of(step_log(tmp_path / "log", {"params": {"w": np.array([1, None], object)}}))
+
+
+def test_objects_of_several_calls_of_dump_are_the_steps_of_a_run(tmp_path):
+    with (tmp_path / "log.pkl").open("wb") as file:
+        for step in range(3):
+            arrays = {"params": {"w": np.full(2, step)}, "grads": {"w": np.ones(2)}}
+            pickle.dump({"step": 10 * step, "loss": step / 4, **arrays}, file)
+    log = open_source(open_storage(tmp_path))
+    assert [step.number for step in log.steps()] == [0, 10, 20]
+    with log.open(log.steps()[2]) as reader:
+        assert reader.content().scalars == {"loss": 0.5}
+    content = (tmp_path / "log.pkl").read_bytes()
+    (tmp_path / "log.pkl").write_bytes(content[:-5])
+    with pytest.raises(InputError, match="truncated"):
+        open_source(open_storage(tmp_path / "log.pkl")).steps()

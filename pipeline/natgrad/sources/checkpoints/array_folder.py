@@ -59,7 +59,7 @@ def _is_step(path: Path) -> bool:
     if is_step(path.name) and not path.name.isdecimal():
         return any(named)
     # The folder may be that of a run, whose files have the number of a step.
-    return len(set(stems)) > 1 and all(named) and all(parse_name(stem).number is None for stem in stems)
+    return bool(stems) and all(named) and all(parse_name(stem).number is None for stem in stems)
 
 
 def stack_of(path: Path, mapping: Mapping[str, str] | None = None) -> StackedFile | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from pathlib import Path
 
+from natgrad.schema.names import STATES
 from natgrad.sources.bounds import JSON_LIMIT, parse_json, read_limited, shown
 from natgrad.sources.checkpoints.safetensors_file import SafetensorsFile
 from natgrad.sources.checkpoints.several_files import SeveralFiles, holds_numbers, numbers_of
@@ -12,7 +13,7 @@ from natgrad.sources.checkpoints.step_folder import Kind
 from natgrad.sources.checkpoints.torch_archive import TorchFile
 from natgrad.sources.container import Container, read_errors
 from natgrad.sources.names import MODEL
-from natgrad.sources.step_names import is_step
+from natgrad.sources.step_names import is_step, role_of
 from natgrad.sources.steps import LoggedStep, Unreadable
 from natgrad.storage import LocalStorage
 
@@ -26,6 +27,7 @@ OPTIMIZERS = ("optimizer.pt", "optimizer.bin")
 
 _INDEX = ".index.json"
 _SUFFIXES = (".safetensors", ".bin")
+_TORCH_SUFFIXES = (".bin", ".pt", ".pth")
 _FORM = "a checkpoint folder"
 
 
@@ -55,8 +57,9 @@ class ModelFolder(SeveralFiles):
     """The files of one step.
 
     The reader opens every ``<name>.safetensors``, every ``<name>.safetensors.index.json`` with its shards, and
-    ``optimizer.pt`` or ``optimizer.bin``. If a model has no such file, it opens ``<model>.bin`` or its index. Other
-    files are ignored. A state of an optimizer that cannot be read is omitted, with the reason in ``unread``.
+    ``optimizer.pt`` or ``optimizer.bin``. If a model has no such file, it opens ``<model>.bin`` or its index. If
+    none of these files is named after gradients, it opens one file of torch that is. Other files are ignored. A
+    state of an optimizer that cannot be read is omitted, with the reason in ``unread``.
 
     Raises
     ------
@@ -110,6 +113,11 @@ class ModelFolder(SeveralFiles):
         if not files:
             raise ValueError("it contains no model.safetensors, no shards with an index, and no pytorch_model.bin")
         files |= {name: ("optimizer/", None) for name in OPTIMIZERS if name in names}
+        for name in names:
+            stem, suffix = Path(name).stem, Path(name).suffix
+            if suffix in _TORCH_SUFFIXES and role_of(stem) == STATES[1] and not any(map(role_of, stems)):
+                files[name] = STATES[1], None
+                break
         return files
 
     def _index(self, name: str) -> dict[str, set[str]]:
@@ -131,6 +139,10 @@ class ModelFolder(SeveralFiles):
         return TorchFile(LoggedStep(self.step.number, LocalStorage(path)), self._inert)
 
     def _add(self, container: Container, name: str, prefix: str, wanted: set[str] | None) -> None:
+        if prefix == STATES[1]:  # a file of torch may contain its own key of the gradients
+            _, rename = MODEL.of_part(prefix, container)
+            self.include(container, prefix, rename)
+            return
         self.include(container, rename=lambda key: prefix + key)
         if wanted is not None and wanted != container.tensors.keys():
             key = sorted(wanted ^ container.tensors.keys())[0]

@@ -145,7 +145,13 @@ class PickleFile(Container):
             content = read_limited(step.storage, pickle_data.PICKLE_LIMIT)
             _require_plain(step, content)
             self.budget = Budget(len(content))
-            tree = pickle_data.load(content, functions=_FUNCTIONS, values=_VALUES, inert=inert, budget=self.budget)
+            trees = [
+                *pickle_data.load_all(
+                    content, functions=_FUNCTIONS, values=_VALUES, inert=inert, budget=self.budget
+                )
+            ]
+            # Several calls of pickle.dump into one file give a list.
+            tree = trees if len(trees) > 1 else trees[0]
             self._describe(list(pickle_data.flatten(tree, self.budget)))
 
     def _describe(self, leaves: list[tuple[str, Any]]) -> None:

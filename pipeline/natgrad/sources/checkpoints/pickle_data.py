@@ -133,7 +133,22 @@ def load(
     inert: Collection[str] = (),
     budget: Budget | None = None,
 ) -> Any:
-    """Rebuild the contents of a pickle.
+    """Rebuild the contents of a pickle; see `load_all`, whose first object it returns."""
+    return next(
+        load_all(pickle, functions=functions, values=values, persistent=persistent, inert=inert, budget=budget)
+    )
+
+
+def load_all(
+    pickle: bytes,
+    *,
+    functions: Mapping[str, Callable[..., Any]],
+    values: Mapping[str, Any],
+    persistent: Callable[[Any], Any] | None = None,
+    inert: Collection[str] = (),
+    budget: Budget | None = None,
+) -> Iterator[Any]:
+    """Rebuild the objects of a file, one for each call of ``pickle.dump``.
 
     Parameters
     ----------
@@ -157,9 +172,12 @@ def load(
     if len(pickle) > PICKLE_LIMIT:
         raise ValueError(f"its pickle has {len(pickle)} bytes, but the limit is {PICKLE_LIMIT}")
     budget = budget or Budget(len(pickle))
-    machine = _Machine(functions, values, persistent, inert, budget)
+    file = io.BytesIO(pickle)
     try:
-        return machine.run(pickle)
+        while True:
+            yield _Machine(functions, values, persistent, inert, budget).run(file)
+            if file.tell() == len(pickle):
+                return
     except (IndexError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"its pickle is malformed ({type(error).__name__}: {error})") from error
 
@@ -180,9 +198,9 @@ class _Machine:
         self._marked: list[list[Any]] = []
         self._memo: dict[int, Any] = {}
 
-    def run(self, pickle: bytes) -> Any:
+    def run(self, file: io.BytesIO) -> Any:
         # The budget also pays for calls of the functions: subtract its opcodes one block at a time.
-        for count, (opcode, argument, _) in enumerate(pickletools.genops(io.BytesIO(pickle)), 1):
+        for count, (opcode, argument, _) in enumerate(pickletools.genops(file), 1):
             if not count % _OPCODES_AT_ONCE:
                 self._budget.spend(_OPCODES_AT_ONCE)
             name = opcode.name
