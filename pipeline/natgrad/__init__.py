@@ -18,8 +18,8 @@ Process a log, and open the results:
     Compare the results of several runs.
 ``scan``
     Process all runs below a folder.
-``open_results``, ``open_trajectory``, ``open_ledger``, ``open_states``
-    Open the stores of a run, or its states as an xarray dataset.
+``open_results``, ``open_trajectory``, ``open_ledger``
+    Open the stores of a run. Results and states are xarray objects.
 ``watch``, ``Recorder``
     Log a PyTorch training run from the hooks of its optimizer, or any other run from its training loop.
 ``WatchCallback``, ``LightningWatch``
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
         slim,
         verify,
     )
-    from natgrad.app.opening import open_ledger, open_results, open_states, open_trajectory
+    from natgrad.app.opening import open_ledger, open_results, open_trajectory
     from natgrad.app.scan import scan
     from natgrad.objectives.jax_objective import JaxObjective
     from natgrad.objectives.torch_objective import TorchObjective, causal_lm_loss
@@ -78,7 +78,6 @@ __all__ = [
     "materialize",
     "open_ledger",
     "open_results",
-    "open_states",
     "open_trajectory",
     "process",
     "replay",
@@ -102,7 +101,6 @@ _MODULES = {
     "causal_lm_loss": "natgrad.objectives.torch_objective",
     "open_ledger": "natgrad.app.opening",
     "open_results": "natgrad.app.opening",
-    "open_states": "natgrad.app.opening",
     "open_trajectory": "natgrad.app.opening",
     "scan": "natgrad.app.scan",
     "watch": "natgrad.recording.torch",

@@ -15,6 +15,7 @@ import xarray as xr
 
 import natgrad
 import natgrad_flows
+from natgrad.store import open_trajectory
 
 ROOT = Path(__file__).parents[2]
 LOG = ROOT / "data" / "linear_system"
@@ -30,7 +31,6 @@ NAMES = {
         "scan",
         "materialize",
         "slim",
-        "open_states",
         "compare",
     ),
     *("open_results", "open_trajectory", "open_ledger", "Metric", "InputError", "Unavailable"),
@@ -124,7 +124,7 @@ def test_every_public_name_works_after_every_submodule_is_imported(tmp_path):
     results = natgrad.open_results(out)
     assert isinstance(results, xr.DataTree)
     xr.testing.assert_equal(results, natgrad.open_results(apart))
-    assert natgrad.open_trajectory(out).n_states == 41
+    assert natgrad.open_trajectory(out).sizes["step"] == 41
     assert natgrad.open_ledger(out).n_updates == 40
     recorder = natgrad.Recorder(tmp_path / "log")
     recorder.record(0, parameter={"theta": np.ones(2)}, gradient={"theta": np.ones(2)})
@@ -164,7 +164,7 @@ def test_summaries_print_well_and_have_the_keys_of_the_command_line(tmp_path):
 
 def test_stores_print_well_in_a_notebook(tmp_path):
     summary = natgrad.process(LOG, tmp_path)
-    trajectory, ledger = natgrad.open_trajectory(tmp_path), natgrad.open_ledger(tmp_path)
+    trajectory, ledger = open_trajectory(tmp_path / "trajectory.zarr"), natgrad.open_ledger(tmp_path)
     for store, cells in ((trajectory, ("41", "parameter float64")), (ledger, ("40", "gradient_change"))):
         table = store._repr_html_()
         assert table.startswith(f"<table><caption>{type(store).__name__}</caption>")

@@ -12,7 +12,7 @@ import pytest
 from logs import TENSORS, random_walk, write_log, write_step
 from natgrad.app.folder import RunFolder
 from natgrad.app.inspection import NEEDED_FOR, inspect_source
-from natgrad.app.run import Analysis, analyze_run, ingest_run
+from natgrad.app.run import analyze_run, ingest_run
 from natgrad.schema.errors import InputError
 from natgrad.schema.names import REPLICATE_LOSS, REPLICATE_PARAMETER, REPLICATE_STATES, SCALARS, STATES
 
@@ -26,7 +26,7 @@ def test_inspection_agrees_with_ingest_and_projected_sizes_with_written_sizes(tm
     log = write_log(tmp_path / "log", random_walk(70, dtype=dtype))
     found = inspect_source([log])
     summary = ingest_run(log, tmp_path / "out")
-    analyzed = analyze_run(tmp_path / "out", Analysis(workers=1))
+    analyzed = analyze_run(tmp_path / "out")
     assert found.format == "steps"
     for name in ("source", "steps", "first_step", "last_step", "tensors", "elements", "dtypes"):
         assert getattr(found, name) == getattr(summary, name), name

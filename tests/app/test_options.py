@@ -278,7 +278,7 @@ def test_options_that_depend_on_the_steps_count_stored_and_new_steps(tmp_path):
     write_log(log, states)
     with pytest.raises(InputError, match="--window 12 is longer than the run, which has 11 updates"):
         natgrad.process(log, tmp_path / "out", windows=[12])
-    assert natgrad.open_trajectory(tmp_path / "out").n_states == 6
+    assert natgrad.open_trajectory(tmp_path / "out").sizes["step"] == 6
     natgrad.process(log, tmp_path / "out", windows=[11])
     before = (tmp_path / "out" / "results.zarr" / "zarr.json").read_bytes()
     for values in ({"windows": [12]}, {"attempt": 1}):

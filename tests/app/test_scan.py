@@ -19,6 +19,7 @@ from natgrad.app.status import status as status_of_runs
 from natgrad.app.status import status_of_run
 from natgrad.schema.errors import InputError, Unavailable
 from natgrad.schema.version import RESULTS_VERSION
+from natgrad.store import open_trajectory
 from servers import wait_for
 
 
@@ -326,7 +327,7 @@ def test_a_scan_of_sweeps_makes_one_trajectory_of_each_folder_of_runs(root, out)
     for name in ("one/r0", "one/r1", "two/r0"):
         write_log(root / name, random_walk(3))
     assert numbers(natgrad.scan(root, out, sweep=True)) == (2, 0, 0, 0)
-    assert natgrad.open_trajectory(out / "one").runs == ("r0", "r1")
+    assert open_trajectory(out / "one" / "trajectory.zarr").runs == ("r0", "r1")
     assert numbers(natgrad.scan(root, out, sweep=True)) == (0, 2, 0, 0)
     rows = {row["run"]: (row["state"], row["steps"], row["lag"]) for row in status_of_runs(out)}
     assert rows == {"one": ("done", 6, 0), "two": ("done", 3, 0)}

@@ -114,7 +114,7 @@ def test_the_guide_to_inspect_finds_and_processes_a_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     page = DOCS / "howto" / "inspect.md"
     assert run_page(page) == blocks(page) == 4
-    assert natgrad.open_trajectory("runs/experiment").n_states == 5
+    assert natgrad.open_trajectory("runs/experiment").sizes["step"] == 5
 
 
 def test_the_guide_to_hugging_face_trains_and_processes_a_model(tmp_path, monkeypatch):

@@ -581,7 +581,7 @@ def test_the_states_are_a_dataset_of_xarray_whether_they_are_copied_or_not(tmp_p
     log = write_log(tmp_path / "log", states)
     process(log, tmp_path / "copied", **SMALL)
     process(log, tmp_path / "placed", in_place=True, **SMALL)
-    copied, placed = (natgrad.open_states(tmp_path / out) for out in ("copied", "placed"))
+    copied, placed = (natgrad.open_trajectory(tmp_path / out) for out in ("copied", "placed"))
     assert placed.drop_attrs().identical(copied.drop_attrs())
     order = list(open_trajectory(tmp_path / "placed/trajectory.zarr").layout.names)
     for step, state in enumerate(states):
@@ -590,4 +590,4 @@ def test_the_states_are_a_dataset_of_xarray_whether_they_are_copied_or_not(tmp_p
     assert placed["loss"].values.tolist() == [state["loss"] for state in states]
     spoil(log / "step_4.safetensors", "inverted bit")
     with pytest.raises(InputError, match="checksum mismatch"):
-        natgrad.open_states(tmp_path / "placed").load()
+        natgrad.open_trajectory(tmp_path / "placed").load()

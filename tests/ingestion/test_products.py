@@ -11,6 +11,7 @@ from test_last_state import KILLED
 
 import natgrad
 from natgrad.app.backend import NatgradBackend
+from natgrad.app.folder import RunFolder
 from natgrad.app.status import status
 from natgrad.ingestion import ingest
 from natgrad.recording.ledger_writer import LedgerWriter
@@ -264,10 +265,10 @@ def test_functions_that_need_states_say_so(tmp_path):
     with pytest.raises(InputError, match="no states to read in place"):
         natgrad.process(tmp_path / "log", tmp_path / "out", in_place=True)
     natgrad.process(tmp_path / "log", tmp_path / "out")
-    for function in (natgrad.materialize, natgrad.slim, natgrad.open_states):
+    for function in (natgrad.materialize, natgrad.slim, natgrad.open_trajectory):
         with pytest.raises(InputError, match="the run has no states"):
             function(tmp_path / "out")
-    trajectory = natgrad.open_trajectory(tmp_path / "out")
+    trajectory = Trajectory(RunFolder.of(tmp_path / "out").trajectory)
     assert trajectory.describe()["states"] == "none"
 
 

@@ -18,6 +18,7 @@ from natgrad.objectives.replay import LogOptions, evaluate_log
 from natgrad.schema.errors import InputError
 from natgrad.sources.replayed import Replays
 from natgrad.storage import LocalStorage
+from natgrad.store import open_trajectory
 from objective_factories import STEPS, trained, write
 
 FOLDER = str(Path(objective_factories.__file__).parent)
@@ -307,7 +308,7 @@ def test_results_of_uneven_steps_do_not_need_a_learning_rate(log, working):
         assert abs(model["angle"].values[index] - np.arccos(min(cosine, 1.0))) < 1e-7
     assert np.isfinite(model["condition_number"]).all()
     assert np.isnan(model["eigenvalue_max"]).all()
-    assert natgrad.open_trajectory(working / "kept").in_place
+    assert open_trajectory(working / "kept" / "trajectory.zarr").in_place
     assert not list((working / "kept" / "trajectory.zarr" / "parameter").glob("c/*"))
     assert not (working / "out" / "trajectory.zarr").exists()
     for name in ("out", "kept"):

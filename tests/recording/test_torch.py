@@ -14,6 +14,7 @@ import natgrad
 from lazy import Lazy
 from natgrad.kernel.updates import refresh_products
 from natgrad.schema.errors import InputError
+from natgrad.store import open_trajectory
 from watched import ROUNDING, all_states, by_hand, loss_of, make_model, read, snapshot, train, updates_of
 
 torch = Lazy("torch")
@@ -332,8 +333,8 @@ def test_several_optimizers_with_groups_make_one_update(tmp_path):
             assert torch.equal(state["parameter"][name], parameter)
             assert torch.equal(state["gradient"][name], expected[name])
     natgrad.process(tmp_path / "log", tmp_path / "run")
-    rates = natgrad.open_trajectory(tmp_path / "run").scalar("tensor_learning_rate")
-    names = natgrad.open_trajectory(tmp_path / "run").layout.names
+    trajectory = open_trajectory(tmp_path / "run" / "trajectory.zarr")
+    rates, names = trajectory.scalar("tensor_learning_rate"), trajectory.layout.names
     assert names == ("0.bias", "0.weight", "2.bias", "2.weight")
     expected = [[0.5, 0.1, 0.25 * 0.5**step, 0.25 * 0.5**step] for step in range(4)]
     np.testing.assert_array_equal(rates, [*expected, [np.nan] * 4])

@@ -292,7 +292,7 @@ def test_a_mapping_file_declares_pairs_of_states(tmp_path, container):
         natgrad.ingest(sources, tmp_path / "out")
     (log / "natgrad.toml").write_text("step_span = 1\n")
     natgrad.ingest(sources, tmp_path / "out")
-    assert natgrad.open_trajectory(tmp_path / "out").spans().tolist() == [1, 0, 1, 0, 1]
+    assert open_trajectory(tmp_path / "out" / "trajectory.zarr").spans().tolist() == [1, 0, 1, 0, 1]
 
 
 @pytest.mark.parametrize("value", ["-1", "true", '"1"', "1.0"])

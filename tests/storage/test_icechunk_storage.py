@@ -271,7 +271,7 @@ def test_chunks_that_are_ranges_of_files_are_virtual(s3_server, placed):
     ]
     assert warnings[1] == warnings[3] == []
     assert verify_run(out) == []
-    assert natgrad.open_states(str(out)).equals(natgrad.open_states(str(copied)))
+    assert natgrad.open_trajectory(str(out)).equals(natgrad.open_trajectory(str(copied)))
     # Any reader with the permission to read the folder of the log.
     containers = prefixes(opened(s3_server, out))
     assert list(containers) == [f"file://{log}/"]
@@ -296,7 +296,7 @@ def test_a_changed_file_is_refused_by_every_reader(s3_server, placed, tmp_path):
     try:
         assert {damage.path for damage in verify_run(out)} == {str(file)}
         with pytest.raises(InputError, match="it was changed after it was recorded") as refusal:
-            natgrad.open_states(str(out))["gradient"].load()
+            natgrad.open_trajectory(str(out))["gradient"].load()
         assert refusal.value.where == str(file)
         later = file.stat().st_mtime + 9
         os.utime(file, (later, later))

@@ -19,7 +19,7 @@ from natgrad.app.summaries import (
     Verification,
 )
 from natgrad.recording.torch import Watch
-from natgrad.store import Ledger, Trajectory
+from natgrad.store import Ledger
 from natgrad_flows.runs import process_run
 
 summary = natgrad.process("log", Path("out"), windows=[1, 5], gammas=(0.1, 1), memory_limit="1GiB", follow=True)
@@ -35,9 +35,8 @@ assert_type(natgrad.verify("out", version="v1").ok, bool)
 assert_type(natgrad.verify("out"), Verification)
 assert_type(natgrad.scan("logs", "out", at_once=2), ScanSummary)
 assert_type(natgrad.open_results("out"), xr.DataTree)
-assert_type(natgrad.open_trajectory("out"), Trajectory)
 assert_type(natgrad.open_ledger("out"), Ledger)
-assert_type(natgrad.open_states("out"), xr.Dataset)
+assert_type(natgrad.open_trajectory("out"), xr.Dataset)
 assert_type(natgrad.materialize("out"), MovedStates)
 assert_type(natgrad.slim("out").states, int)
 assert_type(natgrad.__version__, str)

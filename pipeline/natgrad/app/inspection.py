@@ -20,7 +20,8 @@ from natgrad.app.diagnosis.diagnose import Diagnosis, diagnose, no_log
 from natgrad.app.diagnosis.loss_consistency import objective_of
 from natgrad.app.diagnosis.proposals import LOG_READERS
 from natgrad.app.summaries import Inspection
-from natgrad.compute.plan import PlanLimits, plan_shape
+from natgrad.compute.plan import PlanLimits, peak_bytes, plan_shape
+from natgrad.compute.processors import usable_processors
 from natgrad.results.grouping import groups_of
 from natgrad.results.sizes import require_memory
 from natgrad.schema.errors import InputError
@@ -421,13 +422,13 @@ def _plan(
             plan = plan_shape(shape, memory_limit=memory_limit)
             defaults = declarations.validated(options.AnalyzeOptions, {})
             groups = len(groups_of(shape.layout.names, defaults["groups"]))
-            of_results = require_memory(
-                shape, defaults["windows"], PlanLimits().reserved_bytes, memory_limit, groups
-            )
+            idle = PlanLimits().reserved_bytes
+            of_results = require_memory(shape, defaults["windows"], idle, memory_limit, groups)
         except InputError as error:
             found["worker_memory"] = f"exceeds --memory-limit: {error.what}"
         else:
-            found["worker_memory"] = max(plan.projected_bytes, of_results)
+            worker = max(plan.projected_bytes, of_results)
+            found["worker_memory"] = peak_bytes(usable_processors(), memory_limit, idle, worker)
     return found
 
 

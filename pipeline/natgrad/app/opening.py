@@ -18,7 +18,7 @@ from natgrad.results import dataset
 from natgrad.storage import storage_errors
 from natgrad.store import Ledger, Trajectory
 
-__all__ = ["open_ledger", "open_results", "open_states", "open_trajectory"]
+__all__ = ["open_ledger", "open_results", "open_trajectory"]
 
 T = TypeVar("T")
 
@@ -47,28 +47,8 @@ def open_results(out: options.Out, **values: Unpack[options.VersionOptions]) -> 
 
 
 @declarations.with_options(options.VersionOptions)
-def open_trajectory(out: options.Out, **values: Unpack[options.VersionOptions]) -> Trajectory:
-    """Open the trajectory of a run, which contains its logged states.
-
-    Parameters
-    ----------
-    **options
-
-    Returns
-    -------
-    Trajectory
-
-    Raises
-    ------
-    InputError
-        If there is no trajectory.
-    """
-    return _opened(out, values, lambda folder: Trajectory(folder.trajectory))
-
-
-@declarations.with_options(options.VersionOptions)
-def open_states(out: options.Out, **values: Unpack[options.VersionOptions]) -> xr.Dataset:
-    """Open the logged states of a run, copied or in the files of its log.
+def open_trajectory(out: options.Out, **values: Unpack[options.VersionOptions]) -> xr.Dataset:
+    """Open the trajectory of a run: its logged states, copied or in the files of its log.
 
     Parameters
     ----------

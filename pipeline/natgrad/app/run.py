@@ -30,7 +30,7 @@ from natgrad.app.summaries import (
 from natgrad.compute import executors
 from natgrad.compute.clusters import require_cluster, require_configuration
 from natgrad.compute.ledger_pass import compute_ledger, plan_ledger
-from natgrad.compute.plan import PlanLimits
+from natgrad.compute.plan import PlanLimits, peak_bytes
 from natgrad.compute.processors import usable_processors
 from natgrad.compute.work import calls
 from natgrad.ingestion import Extent, StepWait, buffer_bytes, ingest
@@ -114,7 +114,7 @@ class Analysis:
         """Return the executor that these options request. Its cluster exists until the stack closes."""
         if self.scheduler is not None:
             return executors.existing_cluster(self.scheduler, worker_seconds=self.worker_timeout)
-        workers = usable_processors() if self.workers is None else self.workers
+        workers = self._local_workers
         if self.cluster is not None:
             return executors.named_cluster(self.cluster, workers, worker_seconds=self.worker_timeout, stack=stack)
         return executors.local(workers, self.memory_limit)
@@ -158,7 +158,9 @@ class Analysis:
         self.require_workers()
 
     def projected_bytes(self, shape: TrajectoryShape, ledger: Storage, limits: PlanLimits = PlanLimits()) -> int:
-        """Return the projected peak memory of a worker, for the pass and for the results.
+        """Return the projected peak memory of a process, for the pass and for the results.
+
+        This is the process of the command with all its threads, or a worker process of a cluster with one thread.
 
         Raises
         ------
@@ -166,12 +168,18 @@ class Analysis:
             If it exceeds the memory limit, or the location of the ledger contains something else.
         """
         plan = plan_ledger(shape, ledger, memory_limit=self.memory_limit, limits=limits)
-        return max(
+        groups = self.number_of_groups(shape.layout)
+        worker = max(
             plan.projected_bytes,
-            require_memory(
-                shape, self.windows, limits.reserved_bytes, self.memory_limit, self.number_of_groups(shape.layout)
-            ),
+            require_memory(shape, self.windows, limits.reserved_bytes, self.memory_limit, groups),
         )
+        if self.scheduler is not None or self.cluster is not None:
+            return worker
+        return peak_bytes(self._local_workers, self.memory_limit, limits.reserved_bytes, worker)
+
+    @property
+    def _local_workers(self) -> int:
+        return usable_processors() if self.workers is None else self.workers
 
     def number_of_groups(self, layout: Layout) -> int:
         """Return the number of groups of tensors (InputError if a pattern matches none)."""

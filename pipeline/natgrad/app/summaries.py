@@ -46,7 +46,7 @@ class AnalysisSummary(Summary):
     computed_updates : int
         Number of updates that were computed now.
     projected_memory : int
-        Memory of a worker in bytes, projected before the pass.
+        Memory of a process in bytes, with all its threads, projected before the pass.
     states_verified : str, optional
         Time since which every state has been compared with its checksums, by a pass or by `natgrad.verify`. None if
         that is not known for a state, because it was trusted (``trust_states``), or if the run has no states.
@@ -235,7 +235,7 @@ class Inspection(Summary):
     ingest_seconds, pass_seconds, process_seconds : float, optional
         Estimated times. That of the ingest follows from a timed read of the first step.
     worker_memory : int or str, optional
-        Memory of a worker process in bytes, or the reason why the memory limit is too low.
+        Memory of a process in bytes, with all its threads, or the reason why the memory limit is too low.
     """
 
     source: str

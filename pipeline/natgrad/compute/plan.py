@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from natgrad.schema.errors import InputError
 from natgrad.schema.layout import MEBIBYTE, LedgerChunk, TrajectoryShape, chunk_capacity
 
-__all__ = ["PassPlan", "PlanLimits", "Tile", "WorkItem", "plan_pass", "plan_shape", "read_blocks"]
+__all__ = ["PassPlan", "PlanLimits", "Tile", "WorkItem", "peak_bytes", "plan_pass", "plan_shape", "read_blocks"]
 
 
 @dataclass(frozen=True)
@@ -169,6 +169,22 @@ class PassPlan:
             f"{self.read_bytes / 1e6:.1f} MB to read ({self.halo_bytes / max(self.read_bytes, 1):.1%} of it "
             f"twice), projected peak memory per worker {self.projected_bytes / MEBIBYTE:.0f} MiB"
         )
+
+
+def peak_bytes(workers: int, memory_limit: int | None, idle: int, worker: int) -> int:
+    """Return the projected peak memory of a process that computes in as many threads as it may.
+
+    Parameters
+    ----------
+    workers : int
+        Maximum number of threads.
+    memory_limit : int or None
+        Bytes of the process. It has only as many threads as fit into them.
+    idle, worker : int
+        Bytes of an idle process, and of one that computes in one thread.
+    """
+    fitting = workers if memory_limit is None else (memory_limit - idle) // max(worker - idle, 1)
+    return idle + max(min(workers, fitting), 1) * (worker - idle)
 
 
 def read_blocks(first: int, stop: int, elements: int) -> Iterator[tuple[int, int]]:

@@ -19,6 +19,7 @@ from lazy import Lazy
 from logs import random_walk, write_log, write_step
 from natgrad.app.scan import find_runs
 from natgrad.schema.names import SCALARS
+from natgrad.store import open_trajectory
 from optimizer_states import train
 
 torch = Lazy("torch")
@@ -333,7 +334,7 @@ def require_all_states_and_quantities(tmp_path, monkeypatch, write):
     assert found.step_span == (last - first) // 3 or found.gaps
     summary = follow(found, tmp_path / "here", monkeypatch)
     assert (summary["steps"], summary["first_step"], summary["last_step"]) == (4, first, last)
-    trajectory = natgrad.open_trajectory(tmp_path / "here" / "OUT")
+    trajectory = open_trajectory(tmp_path / "here" / "OUT" / "trajectory.zarr")
     assert all(np.isfinite(trajectory.scalar(name)).all() for name in SCALARS if name in quantities)
     assert {tensor.name for tensor in trajectory.layout.tensors} == {"w", "b"}
     assert str(found.command) in str(found)
