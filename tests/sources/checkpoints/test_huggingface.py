@@ -300,6 +300,22 @@ def test_an_unfinished_checkpoint_is_omitted_with_a_warning(tmp_path, trained, c
     assert "checkpoint-4 is left for the next pass" in caplog.text
 
 
+def test_models_without_a_trainer_are_read_if_there_are_several(tmp_path, caplog):
+    model = small_gpt2()
+    model.save_pretrained(tmp_path / "checkpoint-0")
+    with pytest.raises(InputError, match="no step files"):
+        open_source(tmp_path).steps()
+    assert "checkpoint-0 is left for the next pass" in caplog.text
+    caplog.clear()
+    model.save_pretrained(tmp_path / "checkpoint-1000")
+    log = open_source(tmp_path)
+    steps = log.steps()
+    assert [step.number for step in steps] == [0, 1000]
+    with log.open(steps[-1]) as reader:
+        assert reader.content().scalars == {}
+    assert not caplog.text
+
+
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", '{"log_history": 1}', '{"log_history": [{"loss": 1}]}', "[" * 99999]
 )

@@ -60,6 +60,15 @@ def _unfinished(path: Path) -> str:
     return f"it has no {last}: it is still being written, or being removed"
 
 
+def _never(path: Path) -> str:
+    return ""
+
+
+def _has_training_state(path: Path) -> bool:
+    """Return True if the Trainer or accelerate has saved more than a model, as opposed to ``save_pretrained``."""
+    return any(any(path.glob(name)) for name in (TRAINER_STATE, _ACCELERATE_LAST, *_ACCELERATE))
+
+
 def _open(step: LoggedStep, names: Names) -> Container:
     # In stage 3 of ZeRO, the weights may exist only in the checkpoint of DeepSpeed.
     inner = [path for path in sorted(step.path.glob("global_step*")) if DEEPSPEED_KIND.number(path) is not None]
@@ -136,17 +145,23 @@ class TrainerFolder(StepFolder):
     since its last entry. It is used if it covers one update (``logging_steps=1``), with a note if it is rounded,
     and ignored otherwise. The learning rates of the log are used only if there is no optimizer: before transformers
     4.51 they are those of the update after the one that was logged.
-    Checkpoints of accelerate have no log history.
+    Checkpoints of accelerate have no log history, and neither have models that ``save_pretrained`` wrote.
     """
 
     def __init__(self, location: Path, mapping: Mapping[str, str] | None = None) -> None:
         super().__init__(LocalStorage(location), [TRAINER_KIND], mapping)
+        self._folder = location
         self._history: dict[int, dict[str, Any]] = {}
 
     def steps(self) -> list[LoggedStep]:
         """List the steps; see `natgrad.sources.base.Source`. This also reads the newest ``trainer_state.json``."""
+        folders = [entry for entry in self._folder.glob("checkpoint-*") if entry.is_dir()]
+        # Before the Trainer begins its second checkpoint, it has finished the first.
+        only_models = len(folders) > 1 and not any(map(_has_training_state, folders))
+        kind = replace(TRAINER_KIND, unfinished=_never if only_models else _unfinished)
+        self._kinds = tuple(replace(kind, names=one.names) for one in self._kinds)
         steps = super().steps()
-        self._history = _history(steps[-1])
+        self._history = {} if only_models else _history(steps[-1])
         return steps
 
     def open(self, step: LoggedStep) -> _TrainerStep:
