@@ -7,7 +7,7 @@ import re
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -206,13 +206,9 @@ state = arrays(np.float64, (2, 3), elements=st.sampled_from([-1.0, 0.0, 0.5, 1.0
 
 @given(st.lists(state, min_size=4, max_size=4))
 def test_alignment_by_chance_gives_no_warning(states):
-    # Three elements are within b / d of a line by chance in one of (d / b)**2 cases; 1e12 is required.
-    pairs = list(itertools.pairwise(states))
-    lengths = [np.linalg.norm(after[0] - before[0]) for before, after in pairs]
-    bounds = [2.0**-8 * np.linalg.norm(abs(before[0]) + abs(after[0])) for before, after in pairs]
-    cases = np.prod([(d / b) ** 2 for d, b in zip(lengths, bounds, strict=True) if d > b])
-    assume(cases < 1e12)
-    assert shift_of_gradients([{"w": values} for values in states], {"w": [2.0**-8] * 2}) == 0
+    # Three elements are within b / d of a line by chance in one of (d / b)**2 cases; 1e12 is required. With this
+    # rounding, d / b is at most 2**6, so that three updates are one of at most 7e10 cases.
+    assert shift_of_gradients([{"w": values} for values in states], {"w": [2.0**-6] * 2}) == 0
 
 
 def write_lightning(folder, states, **more):

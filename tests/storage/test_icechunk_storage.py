@@ -4,6 +4,7 @@ import datetime
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -45,10 +46,21 @@ def opened(server, out, authorized=None):
 
 
 def content(out):
-    """Path below OUT to bytes, of all in its stores except times."""
+    """Path below OUT to bytes, of all in its stores except times.
+
+    Names of chunks of the results contain slashes in a repository, and dots elsewhere. The records with the
+    checksums of these names are omitted.
+    """
     folder = open_out(out)
     names = [name for name in folder.walk() if not name.endswith((".lock", ".html", TIMES))]
-    return dict(zip(names, folder.get_entries(names), strict=True))
+    found = dict(zip(names, folder.get_entries(names), strict=True))
+    results = {name: found.pop(name) for name in names if name.startswith("results.zarr/")}
+    for name, value in results.items():
+        if name.endswith("/zarr.json"):
+            found[name] = value.replace(b'"separator": "."', b'"separator": "/"')
+        elif not name.endswith(".json"):
+            found[re.sub(r"/c\.([\d.]+)$", lambda key: "/" + key[0][1:].replace(".", "/"), name)] = value
+    return found
 
 
 def versions(out, last=None):

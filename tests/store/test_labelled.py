@@ -113,15 +113,16 @@ def test_large_arrays_are_divided_along_their_first_dimension(tmp_path):
     np.testing.assert_array_equal(array[:], values)
 
 
+@pytest.mark.parametrize("separator", [".", "/"])
 @pytest.mark.parametrize("kind", ["float64", "int8", "bool", "int64"])
-def test_an_array_can_be_written_chunk_by_chunk(tmp_path, kind):
+def test_an_array_can_be_written_chunk_by_chunk(tmp_path, kind, separator):
     values = np.random.default_rng(0).integers(0, 2, (7, 3, 2)).astype(kind)
     values[:4, :, 1] = np.nan if kind == "float64" else 0
-    array = ChunkedArray(("step", "tensor", "descent"), values.shape, (4, 3, 1), kind, {"units": "1"})
+    array = ChunkedArray(("step", "tensor", "descent"), values.shape, (4, 3, 1), kind, {"units": "1"}, separator)
     contents = contents_of({"of": LabelledGroup({"x": array})})
     for row, descent in [(0, 0), (1, 0), (0, 1), (1, 1)]:
         part = values[4 * row : 4 * row + 4, :, descent : descent + 1]
-        found = encoded_chunk(part, array.chunks, (row, 0, descent))
+        found = encoded_chunk(part, array.chunks, (row, 0, descent), separator)
         # A chunk of missing values is not stored.
         assert (found is None) == (row == 0 and descent == 1)
         contents |= {f"of/x/{found[0]}": found[1]} if found else {}
@@ -131,7 +132,7 @@ def test_an_array_can_be_written_chunk_by_chunk(tmp_path, kind):
     np.testing.assert_array_equal(found.values, values)
     # The metadata and the chunks are those that Zarr writes.
     group = zarr.open_group(tmp_path / "w", mode="a", use_consolidated=False)
-    chunk = tmp_path / "w" / "of" / "x" / "c.0.0.0"
+    chunk = tmp_path / "w" / "of" / "x" / separator.join(("c", "0", "0", "0"))
     ours = chunk.read_bytes()
     group["of/x"][:4, :, :1] = values[:4, :, :1]
     assert chunk.read_bytes() == ours

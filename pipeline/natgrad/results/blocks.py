@@ -91,19 +91,23 @@ class Grid:
     dimensions : tuple of str
         (step,), or (run, step) for a sweep.
     shape, chunks : tuple of int
+    separator : str
+        See `natgrad.storage.Storage.chunk_separator`.
     """
 
     dimensions: tuple[str, ...]
     shape: tuple[int, ...]
     chunks: tuple[int, ...]
+    separator: str
 
     @classmethod
-    def of(cls, table: UpdateTable, earlier: int | None = None) -> Grid:
+    def of(cls, table: UpdateTable, separator: str, earlier: int | None = None) -> Grid:
         """Return the grid of a table.
 
         Parameters
         ----------
         table : UpdateTable
+        separator : str
         earlier : int, optional
             Number of steps in a chunk of existing results, which are kept unless it is too small.
         """
@@ -113,11 +117,10 @@ class Grid:
             size = min(chunk_capacity(updates, LEAST_UPDATES), most)
             if earlier is not None and earlier <= most and updates <= _GROWTH * earlier:
                 size = earlier
-            return cls((STEP,), (updates,), (size,))
+            return cls((STEP,), (updates,), (size,), separator)
         steps = len(np.unique(table.steps))
-        if steps > most:
-            return cls((RUN, STEP), (len(table.runs), steps), (1, most))
-        return cls((RUN, STEP), (len(table.runs), steps), (min(most // steps, len(table.runs)), steps))
+        chunks = (1, most) if steps > most else (min(most // steps, len(table.runs)), steps)
+        return cls((RUN, STEP), (len(table.runs), steps), chunks, separator)
 
     def blocks(self, table: UpdateTable) -> list[Block]:
         """Return the blocks, in the order of the table."""
@@ -271,7 +274,7 @@ class BlockWork:
             "version": self.version,
             "request": [self.request.gammas, self.request.windows, self.request.tensor_family],
             "variables": self.variables,
-            "chunks": [self.grid.chunks, CHUNK_ENCODING],
+            "chunks": [self.grid.chunks, self.grid.separator, CHUNK_ENCODING],
             "layout": table.layout.to_json(),
             "runs": table.runs,
             "steps": self.grid.shape[-1] if table.runs else 0,
@@ -404,7 +407,7 @@ class BlockWork:
             index[len(block.index) - 1 + column.descent_axis] = descent
         if task.table.runs:
             values = self._spread(values, variable, task, block)
-        found = encoded_chunk(values, chunks, index)
+        found = encoded_chunk(values, chunks, index, self.grid.separator)
         return {} if found is None else {f"{path}/{found[0]}": found[1]}
 
     def _spread(

@@ -118,7 +118,7 @@ def build(
     # The version of the results stands for that of this package.
     versions = {name: version for name, version in attributes["versions"].items() if name != "natgrad-pipeline"}
     version = json.dumps([attributes["results_version"], attributes["layout_version"], versions], sort_keys=True)
-    grid = Grid.of(table, _steps_per_chunk(storage))
+    grid = Grid.of(table, storage.chunk_separator, _steps_per_chunk(storage))
     names, longest = tuple(variable.name for variable in variables), longest_of(table, request)
     with storage.staging() as staging:
         work = BlockWork(ledger, staging, request, names, grid, version)
@@ -286,6 +286,7 @@ class _Stored:
             (*self.grid.chunks, *(max(size, 1) for size in chunks)),
             kind,
             variable.attributes() | ({"comment": comments[0]} if comments else {}),
+            self.grid.separator,
         )
 
     def _run_values(

@@ -544,6 +544,11 @@ class Storage(ABC):
     def zarr_store(self) -> Any:
         """Return a Zarr store, or a path in one, that opens this location."""
 
+    @property
+    def chunk_separator(self) -> str:
+        """What separates the numbers in names of chunks. Without folders, a dot is faster and takes less space."""
+        return "."
+
     # Versions
 
     @property

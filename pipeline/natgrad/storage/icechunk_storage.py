@@ -412,6 +412,11 @@ class IcechunkStorage(ObjectStorage):
         """Return True."""
         return True
 
+    @property
+    def chunk_separator(self) -> str:
+        """Return the only separator that Icechunk accepts."""
+        return "/"
+
     def get_tagged(self) -> tuple[bytes, str]:
         """Return the content of a file, and an empty tag, because transactions have no conditional writes."""
         return self.get(), ""

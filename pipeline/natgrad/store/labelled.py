@@ -103,13 +103,16 @@ class ChunkedArray:
     kind : str
         Name of the dtype.
     attributes : mapping
+    separator : str
+        See `natgrad.storage.Storage.chunk_separator`.
     """
 
     dimensions: tuple[str, ...]
     shape: tuple[int, ...]
     chunks: tuple[int, ...]
     kind: str
-    attributes: Mapping[str, Any] = field(default_factory=dict)
+    attributes: Mapping[str, Any]
+    separator: str
 
 
 @dataclass(frozen=True)
@@ -159,7 +162,9 @@ def contents_of(groups: Mapping[str, LabelledGroup]) -> dict[str, bytes]:
     return contents
 
 
-def encoded_chunk(values: NDArray[Any], chunks: Sequence[int], index: Sequence[int]) -> tuple[str, bytes] | None:
+def encoded_chunk(
+    values: NDArray[Any], chunks: Sequence[int], index: Sequence[int], separator: str
+) -> tuple[str, bytes] | None:
     """Return the key and the content of a chunk of a `ChunkedArray`; None if it contains fill values only.
 
     The bytes of all numbers are grouped by their significance before compression. This takes less time and space,
@@ -171,11 +176,13 @@ def encoded_chunk(values: NDArray[Any], chunks: Sequence[int], index: Sequence[i
         Values of the chunk. The last chunk of an array may have fewer.
     chunks, index : sequence of int
         Shape of a chunk, and its position among the chunks.
+    separator : str
+        See `ChunkedArray`.
     """
     full = _full_chunk(values, chunks)
     if full is None:
         return None
-    return _key(index, "."), Blosc("zstd", 1, Blosc.SHUFFLE, _BLOCK_BYTES).encode(full)
+    return _key(index, separator), Blosc("zstd", 1, Blosc.SHUFFLE, _BLOCK_BYTES).encode(full)
 
 
 def _full_chunk(values: NDArray[Any], chunks: Sequence[int]) -> NDArray[Any] | None:
@@ -263,7 +270,7 @@ def _array_document(
     name: str, array: LabelledArray | ChunkedArray, coordinates: Mapping[str, LabelledArray]
 ) -> dict[str, Any]:
     """Return the metadata of an array, with the attributes that xarray adds."""
-    document = deepcopy(_template(array.kind, isinstance(array, ChunkedArray)))
+    document = deepcopy(_template(array.kind, array.separator if isinstance(array, ChunkedArray) else None))
     attributes = dict(array.attributes)
     if name not in coordinates:
         labels = (label for label, of in coordinates.items() if label not in of.dimensions)
@@ -281,13 +288,13 @@ def _array_document(
 
 
 @cache
-def _template(kind: str, chunked: bool) -> dict[str, Any]:
-    """Return the metadata of an array of a data type, as Zarr writes them; ``chunked`` for `ChunkedArray`."""
+def _template(kind: str, separator: str | None) -> dict[str, Any]:
+    """Return the metadata of an array of a data type, as Zarr writes them; ``separator`` of a `ChunkedArray`."""
     import zarr
     from zarr.codecs import BloscCodec
 
     codec: Any = "auto"
-    if chunked:
+    if separator is not None:
         codec = BloscCodec(
             typesize=np.dtype(kind).itemsize, cname="zstd", clevel=1, shuffle="shuffle", blocksize=_BLOCK_BYTES
         )
@@ -301,7 +308,7 @@ def _template(kind: str, chunked: bool) -> dict[str, Any]:
         dtype=stored,
         fill_value=_fill_value(stored),
         compressors=codec,
-        chunk_key_encoding={"name": "default", "separator": "." if chunked else "/"},
+        chunk_key_encoding={"name": "default", "separator": separator or "/"},
         config={"write_empty_chunks": False},
     )
     document: dict[str, Any] = array.metadata.to_dict()
