@@ -4,6 +4,8 @@ BIN := .venv/bin
 TORCH := torch==2.13.0
 export PREFECT_HOME ?= $(CURDIR)/.prefect
 export PREFECT_LOGGING_LEVEL ?= WARNING
+# Tests start hundreds of processes. Without stored bytecode, each one would compile the packages again.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: install browser demo test quick torture mutate fuzz cluster-test bench lint docs lock
 
@@ -40,7 +42,7 @@ test: lint browser
 
 # Tests that are not marked slow, without lint: at most a minute on two cores.
 quick: install
-	$(PYTEST) --numprocesses auto -q -m "not slow" --slow-after 1
+	$(PYTEST) --dist worksteal --numprocesses auto -q -m "not slow" --slow-after 1
 
 # Kills two hundred processes at random times, and checks each time that no step is lost, duplicated or changed.
 # Then damages files of OUT, twenty times for each kind of file, kind of damage and log: 5,400 trials, half an hour

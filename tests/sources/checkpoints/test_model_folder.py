@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
-import safetensors.torch
-import torch
 
+from lazy import Lazy
 from opened import open_source
+
+safetensors_torch = Lazy("safetensors.torch")
+torch = Lazy("torch")
 
 
 @pytest.mark.parametrize("name", ["gradients.bin", "grads.pt", "my_grad.pth"])
@@ -17,7 +19,7 @@ def test_gradients_in_a_file_of_torch_next_to_the_model_are_read(tmp_path, name,
             {"fc.weight": torch.full((2, 3), float(step))},
             {"fc.weight": torch.full((2, 3), step + 0.5)},
         )
-        safetensors.torch.save_file(model, tmp_path / f"step_{step}" / "model.safetensors")
+        safetensors_torch.save_file(model, tmp_path / f"step_{step}" / "model.safetensors")
         content = {"grads": gradient, "loss": 0.25} if nested else gradient
         torch.save(content, tmp_path / f"step_{step}" / name)
         torch.save(torch.get_rng_state(), tmp_path / f"step_{step}" / "rng_state.pth")
