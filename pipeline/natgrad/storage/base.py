@@ -546,7 +546,7 @@ class Storage(ABC):
 
     @property
     def chunk_separator(self) -> str:
-        """What separates the numbers in names of chunks. Without folders, a dot is faster and takes less space."""
+        """Separator of the numbers in names of chunks. A dot needs no folders, and takes less time and space."""
         return "."
 
     # Versions
