@@ -216,14 +216,14 @@ def test_one_value_for_all_tensors_is_stored_once():
     np.testing.assert_array_equal(np.isfinite(found["own"]), found["effective"].sel(window=1))
 
 
-def test_integers_become_floats_if_they_may_be_missing():
+@pytest.mark.parametrize("dimensions", [COMPARED, COMPARED[:-1]])
+def test_integers_become_floats_if_they_may_be_missing(dimensions):
     always = labelled(declared(lambda updates: updates.table.spans, ("step",)))
     assert always["model"]["own"].dtype == np.int64
-    sometimes = labelled(declared(lambda updates: np.ones(updates.status.shape, int), defined=Defined.WITH_METRIC))[
-        "model"
-    ].to_dataset()
+    ones = declared(lambda updates: np.ones(updates.status.shape, int), dimensions, defined=Defined.WITH_METRIC)
+    sometimes = labelled(ones)["model"].to_dataset()
     assert sometimes["own"].dtype == np.float64
-    assert (np.isnan(sometimes["own"]) == ~sometimes["effective"]).all()
+    assert (np.isnan(sometimes["own"]) == ~sometimes["effective"].sel(window=1)).all()
 
 
 class Colour(enum.IntEnum):
