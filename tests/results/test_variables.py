@@ -226,6 +226,10 @@ def test_integers_become_floats_if_they_may_be_missing(dimensions):
     assert (np.isnan(sometimes["own"]) == ~sometimes["effective"].sel(window=1)).all()
 
 
+def test_gradients_that_were_not_checked_have_the_lowest_grade():
+    assert Recovery(*[np.full((3, 2), np.nan)] * 6).attributes()["gradient_check"] == "none"
+
+
 class Colour(enum.IntEnum):
     RED = 0
     GREEN = 1
