@@ -262,7 +262,7 @@ class Writer:
         # For the states of one commit, and of arrays that had to be copied, the number of steps and the first one.
         self._references: list[StateReference | None] = []
         self._copied: dict[str, tuple[int, LoggedStep]] = {}
-        # Of arrays that are partly copied, the number of these chunks and of all chunks.
+        # The numbers of copied chunks and of all chunks, for each array that is partly copied.
         self._divided: dict[str, tuple[int, int]] = {}
 
     def write(self, new: Sequence[NewState], progress: Progress | None) -> None:

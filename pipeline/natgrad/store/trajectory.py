@@ -545,7 +545,7 @@ class Trajectory(States):
             self.journal.write_provisional(copied(self._provisional))
         self._load_records()
 
-    # Verification -------------------------------------------------------------------------------------------
+    # Configurations -----------------------------------------------------------------------------------------
 
     def configurations(self) -> dict[str, dict[str, Any]]:
         """Return the plain values of the logged configuration by key, for each run that has one.
@@ -560,6 +560,8 @@ class Trajectory(States):
         new = known | {run: dict(values) for run, values in found.items() if values}
         if new != known:
             self.journal.write_configurations(new)
+
+    # Verification -------------------------------------------------------------------------------------------
 
     def record_verification(self, time: str) -> None:
         """Record that all committed states match their checksums; see `natgrad.schema.times.now`."""

@@ -54,9 +54,9 @@ def _is_checkpoint(path: Path) -> bool:
 
 def _unfinished(path: Path) -> str:
     # The Trainer writes trainer_state.json last, and accelerate the states of the random generators.
-    if (path / TRAINER_STATE).is_file() or any(path.glob(_ACCELERATE_LAST)):
+    if _has(path, TRAINER_STATE, _ACCELERATE_LAST):
         return ""
-    last = _ACCELERATE_LAST if any(any(path.glob(name)) for name in _ACCELERATE) else TRAINER_STATE
+    last = _ACCELERATE_LAST if _has(path, *_ACCELERATE) else TRAINER_STATE
     return f"it has no {last}: it is still being written, or being removed"
 
 
@@ -64,9 +64,9 @@ def _never(path: Path) -> str:
     return ""
 
 
-def _has_training_state(path: Path) -> bool:
-    """Return True if the Trainer or accelerate has saved more than a model, as opposed to ``save_pretrained``."""
-    return any(any(path.glob(name)) for name in (TRAINER_STATE, _ACCELERATE_LAST, *_ACCELERATE))
+def _has(path: Path, *names: str) -> bool:
+    """Return True if a folder has a file with one of these names, which may contain wildcards."""
+    return any(any(path.glob(name)) for name in names)
 
 
 def _open(step: LoggedStep, names: Names) -> Container:
@@ -156,10 +156,11 @@ class TrainerFolder(StepFolder):
     def steps(self) -> list[LoggedStep]:
         """List the steps; see `natgrad.sources.base.Source`. This also reads the newest ``trainer_state.json``."""
         folders = [entry for entry in self._folder.glob("checkpoint-*") if entry.is_dir()]
-        # Before the Trainer begins its second checkpoint, it has finished the first.
-        only_models = len(folders) > 1 and not any(map(_has_training_state, folders))
-        kind = replace(TRAINER_KIND, unfinished=_never if only_models else _unfinished)
-        self._kinds = tuple(replace(kind, names=one.names) for one in self._kinds)
+        # `save_pretrained` writes only models. The Trainer completes a checkpoint before it begins the next one.
+        not_models = (TRAINER_STATE, _ACCELERATE_LAST, *_ACCELERATE)
+        only_models = len(folders) > 1 and not any(_has(folder, *not_models) for folder in folders)
+        unfinished = _never if only_models else _unfinished
+        self._kinds = tuple(replace(kind, unfinished=unfinished) for kind in self._kinds)
         steps = super().steps()
         self._history = {} if only_models else _history(steps[-1])
         return steps
